@@ -1,0 +1,1 @@
+"""Products with a block-sparse matrix: ``dsd`` (dense = sparse x dense), ``sdd``."""

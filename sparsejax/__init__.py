@@ -1,0 +1,1 @@
+"""sparsejax: sparse models in JAX."""
