@@ -1,0 +1,40 @@
+"""Where the non-zeros of a sparse matrix are. No matmul lives here.
+
+Glossary, used with the same meaning in the whole library:
+
+mask
+    Boolean array shaped like a weight, True = kept.
+layout
+    Where the stored blocks are (``BlockLayout``).
+block
+    The unit of sparsity: bk x bn neighbouring entries that are kept or dropped together.
+tile
+    What one program instance of a kernel loads. Never a synonym of block.
+slot
+    One place for a block in the stored array ``blocks [capacity, bk, bn]``. Slots beyond
+    the layout's count are padding: they hold no block and take no part.
+density, sparsity
+    Fraction kept; 1 - density.
+topology
+    Masks or layouts of a whole model.
+leaf filter
+    Which parameters a transform touches. Never called a mask.
+N:M
+    N *kept* of M, along the contraction axis.
+implementation
+    "xla", "mosaic_tpu", "mosaic_gpu": who computes. The same word is the file name.
+"""
+
+from sparsejax.layouts._block import BlockLayout as BlockLayout
+from sparsejax.layouts._block import check_layout as check_layout
+from sparsejax.layouts._block import gather_blocks as gather_blocks
+from sparsejax.layouts._block import scatter_blocks as scatter_blocks
+from sparsejax.layouts._block import transpose_blocks as transpose_blocks
+
+__all__ = [
+    "BlockLayout",
+    "check_layout",
+    "gather_blocks",
+    "scatter_blocks",
+    "transpose_blocks",
+]
