@@ -27,6 +27,7 @@ Every backend file has the same two functions.
 """
 
 import dataclasses
+import math
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,8 +55,106 @@ class Config:
     tile_m: rows of x (and y, dy) that one program instance works on.
     unroll: blocks that one inner step multiplies.
     stages: depth of the copy pipeline.
+    tile_k: GPU: the contraction that one piece of a step covers.
+    warpgroups: GPU: warpgroups that compute; with two, a third one copies.
+    group: GPU: row tiles that programs take together, for L2.
     """
 
     tile_m: int
     unroll: int = 1
     stages: int = 2
+    tile_k: int = 64
+    warpgroups: int = 1
+    group: int = 8
+
+
+# --- GPU: Pallas Mosaic, Hopper -----------------------------------------------------
+
+# Shared memory that one program can ask for, and what its barriers may take of it.
+_HOPPER_SMEM = 232_448
+_HOPPER_BARRIERS = 1_024
+
+
+def check_mosaic_gpu(problem: Problem, chip: str | None) -> None:
+    """Raises NotImplementedError where the Hopper kernels do not serve the problem.
+
+    Args:
+        problem: the product asked for.
+        chip: "h100", "h200", another chip's name, or None where it is not known yet.
+    """
+    for name, side in zip(("bk", "bn"), problem.block_shape, strict=True):
+        if side % 16 or not 16 <= side <= 256:
+            raise NotImplementedError(
+                f"mosaic_gpu: block_shape has {name}={side}, needs a multiple of 16 "
+                "from 16 to 256"
+            )
+    if problem.dtype not in ("bfloat16", "float16"):
+        raise NotImplementedError(
+            f"mosaic_gpu: dtype is {problem.dtype}, needs bfloat16 or float16"
+        )
+    served = (problem.dtype, "float32") if problem.op == "sdd" else (problem.dtype,)
+    if problem.out_dtype not in served:
+        raise NotImplementedError(
+            f"mosaic_gpu: out_dtype is {problem.out_dtype} for {problem.op}, needs "
+            f"{' or '.join(served)}"
+        )
+    if problem.m < 1:
+        raise NotImplementedError(f"mosaic_gpu: m is {problem.m}, needs at least 1")
+    if chip not in (None, "h100", "h200"):
+        raise NotImplementedError(
+            f"mosaic_gpu: chip is {chip}, needs a Hopper GPU (h100, h200)"
+        )
+
+
+def config_mosaic_gpu(problem: Problem, chip: str | None) -> Config:
+    """Picks the tiles of the Hopper kernels; h100 and h200 differ in memory only."""
+    del chip
+    bk, bn = problem.block_shape
+    if problem.op == "sdd":
+        return _sdd_config_mosaic_gpu(problem.m, bk, bn, problem.out_dtype)
+    side_in, side_out = (bk, bn) if problem.op == "dsd" else (bn, bk)
+    tiles_out = (problem.n if problem.op == "dsd" else problem.k) // side_out
+    # One warpgroup holds 128 x 128 of the accumulator in registers, not more.
+    rows = 64 if side_out > 128 or problem.m <= 64 else 128
+    # The pieces of a block: as wide as the swizzle likes it, at most about 64.
+    pieces = [d for d in range(16, side_in + 1, 16) if side_in % d == 0]
+    narrow = [d for d in pieces if d <= 64]
+    if max(narrow) < 32:
+        narrow = [d for d in pieces if d <= 128]
+    tile_k = max(narrow, key=lambda d: (math.gcd(d, 64), d))
+    unroll = max(1, 64 // tile_k)
+    # Long lists pay a program of its own for the copies; short ones are better off
+    # with several small programs per multiprocessor, which hide each other's ends.
+    length = problem.slots * side_in / max(tiles_out, 1)
+    warpgroups = 2 if length >= 1024 and problem.m >= 4 * rows else 1
+    tile_m = rows * warpgroups
+    stages = _stages_mosaic_gpu(
+        2 * unroll * tile_k * (tile_m + side_out),
+        tile_m * math.gcd(side_out, 64) * 2,
+        warpgroups,
+    )
+    return Config(
+        tile_m=tile_m,
+        unroll=unroll,
+        stages=stages,
+        tile_k=tile_k,
+        warpgroups=warpgroups,
+    )
+
+
+def _sdd_config_mosaic_gpu(m: int, bk: int, bn: int, out_dtype: str) -> Config:
+    itemsize = 4 if out_dtype == "float32" else 2
+    warpgroups = 2 if bk > 64 and m >= 1024 else 1
+    tile_m = 128 if bk > 64 and (bn <= 128 or warpgroups == 2) else 64
+    tile_k = 64
+    stages = _stages_mosaic_gpu(
+        2 * tile_k * (tile_m + bn), tile_m * math.gcd(bn * itemsize, 128), warpgroups
+    )
+    return Config(tile_m=tile_m, stages=stages, tile_k=tile_k, warpgroups=warpgroups)
+
+
+def _stages_mosaic_gpu(stage: int, out: int, warpgroups: int) -> int:
+    """Stages that fit: the whole memory for two warpgroups, near half of it for one."""
+    room = _HOPPER_SMEM - _HOPPER_BARRIERS
+    room = room - out if warpgroups == 2 else room // 2
+    return max(2, min(6, room // stage))

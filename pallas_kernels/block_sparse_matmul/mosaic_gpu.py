@@ -1,0 +1,394 @@
+"""Block-sparse products on Hopper: Pallas Mosaic GPU, TMA copies and wgmma.
+
+Memory plan. Operands and index lists stay in GMEM. A program reads its bounds and its
+list entries from there as scalars, inside the pipeline's index maps, so the contents of
+a layout are data: new contents do not recompile. Per pipeline step TMA brings
+``unroll`` pieces, each [tile_m, tile_k] of x and [tile_k, side_out] of a block, into
+one of ``stages`` buffers in SMEM, swizzled as wide as the sides allow (64, 32 or 16
+columns of 16 bits). The float32 accumulator never leaves the registers of the one or
+two warpgroups that compute; the result goes through SMEM once, in the output's dtype.
+What TMA reads outside of an array is zero and what it writes there is dropped: that
+covers the last rows of x, the pieces beyond the end of a list and blocks that are
+smaller than wgmma's 64 rows.
+
+Grid. One axis, ``tile`` (ctaid.x, so no limit below 2**31), in strips of ``group`` row
+tiles: neighbours share the blocks of a column, a strip shares its rows of x in L2.
+dsd has a program per (tile of rows, tile of columns); sdd one per (slot, part of the
+block of at most tile_m x 256). Programs of padding slots and of empty columns run a
+pipeline of no step and store the accumulator's zeros.
+
+``warpgroups=1``: one warpgroup copies and computes; several such programs share a
+multiprocessor and cover each other's start and end. ``warpgroups=2``: a third one
+copies, two compute tile_m / 2 rows each; one program fills a multiprocessor.
+
+Dtypes: bfloat16 and float16 in; out the same, for sdd also float32.
+Chips: compiled with ptxas for H100 and H200 (sm_90a), jax 0.10.2 and 0.11.2.
+"""
+
+import functools
+import math
+
+import jax
+from jax import lax
+from jax import numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.block_sparse_matmul._spec import Config
+
+# wgmma reads its operands from SMEM while the warpgroup goes on: a buffer is handed
+# back one step late, when the wait for all but one has shown that its readers are done.
+_DELAY = 1
+# Registers that the copying warpgroup keeps; the computing ones share the rest.
+_COPY_REGISTERS = 40
+
+
+def _transforms(columns: int, dtype) -> tuple:
+    """The layout in SMEM of a tile: the widest swizzle that divides its columns."""
+    itemsize = jnp.dtype(dtype).itemsize
+    swizzle = math.gcd(columns * itemsize, 128)
+    tiling = plgpu.TilingTransform((8, swizzle // itemsize))
+    return tiling, plgpu.SwizzleTransform(swizzle)
+
+
+def _transposed(ref):
+    return ref.transpose((1, 0))
+
+
+def _row_and_column(tile, rows: int, columns: int, group: int):
+    """Place of a program: strips of ``group`` row tiles, each column by column."""
+    strip = lax.div(tile, jnp.int32(group * columns))
+    rest = tile - strip * (group * columns)
+    height = jnp.minimum(rows - strip * group, group)
+    return strip * group + lax.rem(rest, height), lax.div(rest, height)
+
+
+def _call(body, *, name, out_type, programs, warpgroups, interpret):
+    kwargs = {}
+    if interpret is not None:
+        kwargs["interpret"] = interpret
+    if warpgroups > 1:
+        kwargs.update(num_threads=warpgroups + 1, thread_name="warpgroup")
+    return plgpu.kernel(
+        body,
+        out_type=out_type,
+        grid=(programs,),
+        grid_names=("tile",),
+        kernel_name=name,
+        # The default differs between versions of jax: say which.
+        compiler_params=plgpu.CompilerParams(
+            lowering_semantics=plgpu.LoweringSemantics.Warpgroup
+        ),
+        **kwargs,
+    )
+
+
+def _multiply(
+    operands,
+    in_specs,
+    multiply,
+    store,
+    *,
+    steps,
+    acc_shape,
+    out_dtype,
+    config: Config,
+):
+    """Runs the pipeline into an accumulator and stores it.
+
+    ``multiply(acc, rows, *buffers)`` issues the products of one step for a warpgroup's
+    slice ``rows`` of the tile; ``store(buffer, first_row, first_column)`` copies a
+    buffer to its place in the output. ``acc_shape`` is that of the whole tile.
+    """
+    tile_rows, columns = acc_shape
+    warpgroups = config.warpgroups
+    rows = tile_rows // warpgroups
+
+    if warpgroups == 1:
+
+        def accumulate(acc):
+            def step(_, *buffers):
+                multiply(acc, slice(None), *buffers)
+                plgpu.wgmma_wait(_DELAY)
+
+            plgpu.emit_pipeline(
+                step,
+                grid=(steps,),
+                in_specs=in_specs,
+                max_concurrent_steps=config.stages,
+            )(*operands)
+            return acc[...]
+
+        result = pl.run_scoped(accumulate, plgpu.ACC((rows, columns), jnp.float32))
+
+        def epilogue(out_smem):
+            out_smem[...] = result.astype(out_dtype)
+            plgpu.commit_smem()
+            store(out_smem, 0, 0)
+            plgpu.wait_smem_to_gmem(0)
+
+        # A scope of its own, after the pipeline's: the two share the same SMEM.
+        pl.run_scoped(
+            epilogue,
+            plgpu.SMEM(
+                (rows, columns), out_dtype, transforms=_transforms(columns, out_dtype)
+            ),
+        )
+        return
+
+    warpgroup = lax.axis_index("warpgroup")
+    # Columns that leave at once: one swizzled tile, so that SMEM is left for stages.
+    wide = math.gcd(columns, 128 // jnp.dtype(out_dtype).itemsize)
+
+    def scope(out_smem):
+        def compute(pipeline):
+            def with_accumulator(acc):
+                pipeline(acc)
+                result = acc[...].astype(out_dtype)
+                for c in range(columns // wide):
+                    if c:
+                        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                    out_smem[warpgroup] = result[:, c * wide : (c + 1) * wide]
+                    plgpu.commit_smem()
+                    store(out_smem.at[warpgroup], warpgroup * rows, c * wide)
+                plgpu.wait_smem_to_gmem(0)
+
+            pl.run_scoped(with_accumulator, plgpu.ACC((rows, columns), jnp.float32))
+
+        def step(_, *buffers_and_acc):
+            *buffers, acc = buffers_and_acc
+            multiply(acc, pl.ds(warpgroup * rows, rows), *buffers)
+            plgpu.wgmma_wait(_DELAY)
+            return acc
+
+        plgpu.emit_pipeline_warp_specialized(
+            step,
+            grid=(steps,),
+            in_specs=in_specs,
+            max_concurrent_steps=config.stages,
+            wg_axis="warpgroup",
+            num_compute_wgs=warpgroups,
+            memory_registers=_COPY_REGISTERS,
+            compute_context=compute,
+        )(*operands)
+
+    pl.run_scoped(
+        scope,
+        plgpu.SMEM(
+            (warpgroups, rows, wide),
+            out_dtype,
+            transforms=_transforms(wide, out_dtype),
+        ),
+        collective_axes="warpgroup",
+    )
+
+
+def dsd(
+    x: jax.Array,
+    blocks: jax.Array,
+    order: jax.Array | None,
+    source: jax.Array,
+    ptr: jax.Array,
+    *,
+    transpose: bool,
+    config: Config,
+    interpret=None,
+) -> jax.Array:
+    """Multiplies dense rows by a block-sparse matrix, as ``_spec`` defines it.
+
+    Args:
+        x: [m, tiles_in * side_in], bfloat16 or float16.
+        blocks: [slots, bk, bn] of x's dtype.
+        order: int32 [slots], or None for the identity.
+        source: int32 [slots].
+        ptr: int32 [tiles_out + 1].
+        transpose: multiply by each block transposed.
+        config: tile sizes; ``tile_k`` divides side_in.
+        interpret: what ``plgpu.kernel`` takes, None to compile.
+
+    Returns:
+        [m, tiles_out * side_out] of x's dtype.
+    """
+    m = x.shape[0]
+    slots, bk, bn = blocks.shape
+    side_in, side_out = (bn, bk) if transpose else (bk, bn)
+    tiles_in, tiles_out = x.shape[1] // side_in, ptr.shape[0] - 1
+    row_tiles = pl.cdiv(m, config.tile_m)
+    tile_k, unroll = config.tile_k, config.unroll
+    parts = side_in // tile_k
+    # Both operands of a wgmma need the same swizzle, which divides the contiguous side
+    # of each: tile_k of x, and of a block side_out or, transposed, tile_k.
+    swizzled = _transforms(tile_k if transpose else math.gcd(tile_k, side_out), x.dtype)
+
+    def body(x_gmem, blocks_gmem, *refs):
+        order_gmem = None if order is None else refs[0]
+        source_gmem, ptr_gmem, y_gmem = refs[-3:]
+        row, column = _row_and_column(
+            lax.axis_index("tile"), row_tiles, tiles_out, config.group
+        )
+        first, last = ptr_gmem[column], ptr_gmem[column + 1]
+        pieces = (last - first) * parts
+
+        def place(step, u):
+            """Which entry and which part of it piece u of a step is, and if it is."""
+            piece = step * unroll + u
+            entry = first + lax.div(piece, jnp.int32(parts))
+            part = lax.rem(piece, jnp.int32(parts))
+            if unroll == 1:
+                return entry, part, None
+            # A step past the end reads beyond its array, which TMA answers by zeros.
+            return jnp.minimum(entry, slots - 1), part, piece < pieces
+
+        def x_index(step, *, u):
+            entry, part, inside = place(step, u)
+            tile = source_gmem[entry]
+            if inside is not None:
+                tile = jnp.where(inside, tile, tiles_in)
+            return row, tile * parts + part
+
+        def block_index(step, *, u):
+            entry, part, inside = place(step, u)
+            slot = entry if order_gmem is None else order_gmem[entry]
+            if inside is not None:
+                slot = jnp.where(inside, slot, slots)
+            return (slot, 0, part) if transpose else (slot, part, 0)
+
+        spec = functools.partial(
+            plgpu.BlockSpec, transforms=swizzled, delay_release=_DELAY
+        )
+        x_shape = (config.tile_m, tile_k)
+        block_shape = (
+            (None, side_out, tile_k) if transpose else (None, tile_k, side_out)
+        )
+
+        def multiply(acc, rows, *buffers):
+            for u in range(unroll):
+                block = buffers[unroll + u]
+                plgpu.wgmma(
+                    acc,
+                    buffers[u].at[rows],
+                    _transposed(block) if transpose else block,
+                )
+
+        def store(buffer, first_row, first_column):
+            at = pl.ds(row * config.tile_m + first_row, buffer.shape[0])
+            to = pl.ds(column * side_out + first_column, buffer.shape[1])
+            plgpu.copy_smem_to_gmem(buffer, y_gmem.at[at, to])
+
+        _multiply(
+            [x_gmem] * unroll + [blocks_gmem] * unroll,
+            [
+                *(
+                    spec(x_shape, functools.partial(x_index, u=u))
+                    for u in range(unroll)
+                ),
+                *(
+                    spec(block_shape, functools.partial(block_index, u=u))
+                    for u in range(unroll)
+                ),
+            ],
+            multiply,
+            store,
+            steps=lax.div(pieces + (unroll - 1), jnp.int32(unroll)),
+            acc_shape=(config.tile_m, side_out),
+            out_dtype=x.dtype,
+            config=config,
+        )
+
+    lists = [source, ptr] if order is None else [order, source, ptr]
+    return _call(
+        body,
+        name="block_sparse_matmul_dsd" + ("_transposed" if transpose else ""),
+        out_type=jax.ShapeDtypeStruct((m, tiles_out * side_out), x.dtype),
+        programs=row_tiles * tiles_out,
+        warpgroups=config.warpgroups,
+        interpret=interpret,
+    )(x, blocks, *lists)
+
+
+def sdd(
+    x: jax.Array,
+    dy: jax.Array,
+    rows: jax.Array,
+    cols: jax.Array,
+    count: jax.Array,
+    *,
+    block_shape: tuple[int, int],
+    dtype,
+    config: Config,
+    interpret=None,
+) -> jax.Array:
+    """Computes the stored blocks of ``x.T @ dy``, as ``_spec`` defines it.
+
+    Args:
+        x: [m, tiles_k * bk], bfloat16 or float16.
+        dy: [m, tiles_n * bn] of x's dtype.
+        rows: int32 [slots], block row of each slot.
+        cols: int32 [slots], block column of each slot.
+        count: int32 [], slots in use.
+        block_shape: (bk, bn).
+        dtype: of the result, x's or float32.
+        config: tile sizes; here ``tile_m`` is the rows of a block that one program
+            computes and ``tile_k`` the rows of x that one step multiplies.
+        interpret: what ``plgpu.kernel`` takes, None to compile.
+
+    Returns:
+        [slots, bk, bn] of ``dtype``, zeros at slots beyond the count.
+    """
+    m = x.shape[0]
+    slots = rows.shape[0]
+    bk, bn = block_shape
+    tile_k, tile_rows = config.tile_k, config.tile_m
+    parts = pl.cdiv(bk, tile_rows)
+    # The same swizzle for both; tile_rows is a multiple of 64, that of bn may be less.
+    swizzled = _transforms(math.gcd(bn, tile_rows), x.dtype)
+
+    def body(x_gmem, dy_gmem, rows_gmem, cols_gmem, count_gmem, out_gmem):
+        tile = lax.axis_index("tile")
+        slot, part = lax.div(tile, jnp.int32(parts)), lax.rem(tile, jnp.int32(parts))
+        row, column = rows_gmem[slot], cols_gmem[slot]
+        steps = jnp.where(slot < count_gmem[0], jnp.int32(pl.cdiv(m, tile_k)), 0)
+        spec = functools.partial(
+            plgpu.BlockSpec, transforms=swizzled, delay_release=_DELAY
+        )
+
+        def multiply(acc, acc_rows, x_smem, dy_smem):
+            plgpu.wgmma(acc, _transposed(x_smem.at[:, acc_rows]), dy_smem)
+
+        def store(buffer, first_row, first_column):
+            plgpu.copy_smem_to_gmem(
+                buffer,
+                out_gmem.at[
+                    slot,
+                    pl.ds(part * tile_rows + first_row, buffer.shape[0]),
+                    pl.ds(first_column, buffer.shape[1]),
+                ],
+            )
+
+        _multiply(
+            [
+                # Where tile_rows is more than is left of the block, this reads columns
+                # of its neighbour, and the store drops the rows they end up in.
+                x_gmem.at[:, pl.ds(row * bk + part * tile_rows, tile_rows)],
+                dy_gmem,
+            ],
+            [
+                spec((tile_k, tile_rows), lambda step: (step, 0)),
+                spec((tile_k, bn), lambda step: (step, column)),
+            ],
+            multiply,
+            store,
+            steps=steps,
+            acc_shape=(tile_rows, bn),
+            out_dtype=dtype,
+            config=config,
+        )
+
+    return _call(
+        body,
+        name="block_sparse_matmul_sdd",
+        out_type=jax.ShapeDtypeStruct((slots, bk, bn), dtype),
+        programs=slots * parts,
+        warpgroups=config.warpgroups,
+        interpret=interpret,
+    )(x, dy, rows, cols, count.reshape(1))
