@@ -1,0 +1,21 @@
+"""Products with sparse matrices: validated, differentiable, one per equation."""
+
+from sparsejax.ops._block_sparse_matmul import (
+    block_sparse_matmul as block_sparse_matmul,
+)
+from sparsejax.ops._block_sparse_matmul import (
+    block_sparse_matmul_reference as block_sparse_matmul_reference,
+)
+from sparsejax.ops._block_sparse_matmul import sampled_matmul as sampled_matmul
+from sparsejax.ops._block_sparse_matmul import (
+    sampled_matmul_reference as sampled_matmul_reference,
+)
+from sparsejax.ops._masked_matmul import masked_matmul as masked_matmul
+
+__all__ = [
+    "block_sparse_matmul",
+    "block_sparse_matmul_reference",
+    "masked_matmul",
+    "sampled_matmul",
+    "sampled_matmul_reference",
+]
