@@ -37,7 +37,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.block_sparse_matmul._spec import Config
 
 # wgmma reads its operands from SMEM while the warpgroup goes on: a buffer is handed
-# back one step late, when the wait for all but one has shown that its readers are done.
+# back one step late, after a wait for all products but those of the last step (each
+# call of wgmma commits a group, so a step is ``unroll`` of them).
 _DELAY = 1
 # Registers that the copying warpgroup keeps; the computing ones share the rest.
 _COPY_REGISTERS = 40
@@ -53,6 +54,11 @@ def _transforms(columns: int, dtype) -> tuple:
 
 def _transposed(ref):
     return ref.transpose((1, 0))
+
+
+def _whole_tiles(x):
+    """Pads the rows to a multiple of 8: the SMEM tiling is applied to GMEM as well."""
+    return x if x.shape[0] % 8 == 0 else jnp.pad(x, ((0, -x.shape[0] % 8), (0, 0)))
 
 
 def _row_and_column(tile, rows: int, columns: int, group: int):
@@ -109,7 +115,7 @@ def _multiply(
         def accumulate(acc):
             def step(_, *buffers):
                 multiply(acc, slice(None), *buffers)
-                plgpu.wgmma_wait(_DELAY)
+                plgpu.wgmma_wait(_DELAY * config.unroll)
 
             plgpu.emit_pipeline(
                 step,
@@ -158,7 +164,7 @@ def _multiply(
         def step(_, *buffers_and_acc):
             *buffers, acc = buffers_and_acc
             multiply(acc, pl.ds(warpgroup * rows, rows), *buffers)
-            plgpu.wgmma_wait(_DELAY)
+            plgpu.wgmma_wait(_DELAY * config.unroll)
             return acc
 
         plgpu.emit_pipeline_warp_specialized(
@@ -209,6 +215,8 @@ def dsd(
     Returns:
         [m, tiles_out * side_out] of x's dtype.
     """
+    rows = x.shape[0]
+    x = _whole_tiles(x)
     m = x.shape[0]
     slots, bk, bn = blocks.shape
     side_in, side_out = (bn, bk) if transpose else (bk, bn)
@@ -296,7 +304,7 @@ def dsd(
         )
 
     lists = [source, ptr] if order is None else [order, source, ptr]
-    return _call(
+    y = _call(
         body,
         name="block_sparse_matmul_dsd" + ("_transposed" if transpose else ""),
         out_type=jax.ShapeDtypeStruct((m, tiles_out * side_out), x.dtype),
@@ -304,6 +312,7 @@ def dsd(
         warpgroups=config.warpgroups,
         interpret=interpret,
     )(x, blocks, *lists)
+    return y if m == rows else y[:rows]
 
 
 def sdd(
@@ -335,13 +344,14 @@ def sdd(
     Returns:
         [slots, bk, bn] of ``dtype``, zeros at slots beyond the count.
     """
+    x, dy = _whole_tiles(x), _whole_tiles(dy)
     m = x.shape[0]
     slots = rows.shape[0]
     bk, bn = block_shape
     tile_k, tile_rows = config.tile_k, config.tile_m
     parts = pl.cdiv(bk, tile_rows)
-    # The same swizzle for both; tile_rows is a multiple of 64, that of bn may be less.
-    swizzled = _transforms(math.gcd(bn, tile_rows), x.dtype)
+    # The same swizzle for both; its width divides every column that a copy starts at.
+    swizzled = _transforms(math.gcd(bk, bn, tile_rows), x.dtype)
 
     def body(x_gmem, dy_gmem, rows_gmem, cols_gmem, count_gmem, out_gmem):
         tile = lax.axis_index("tile")
