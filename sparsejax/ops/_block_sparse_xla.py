@@ -6,9 +6,11 @@ With index j of x and y meaning a whole tile of columns (``pallas_kernels``'
     dsd    y[:, j]   = sum over p in ptr[j] .. ptr[j + 1] - 1 of x[:, source[p]] @ b[p]
     sdd    blocks[p] = x[:, rows[p]].T @ dy[:, cols[p]]
 
-x is cut once into tiles [tiles, m, side], so that each product reads contiguous memory.
-Trip counts and indices are traced: new contents never recompile. Not differentiable in
-reverse mode; it sits inside the operator's ``custom_vjp``.
+One loop over the columns that hold a block, in it one over the column's slots; each
+step cuts a strip of x out and multiplies it by its block; the finished column is
+written into y in place. Trip counts and indices are traced: new contents never
+recompile. Not differentiable in reverse mode; it sits inside the operator's
+``custom_vjp``.
 """
 
 import jax.numpy as jnp
@@ -30,22 +32,22 @@ def dsd(x, blocks, order, source, ptr, *, transpose):
       y [m, tiles_out * side_out], of the dtype of x.
     """
     side_in, side_out = blocks.shape[:0:-1] if transpose else blocks.shape[1:]
-    accumulator = _accumulator(x.dtype)
-    tiles = _tiles(x, side_in)
-    contract = (((1,), (1 if transpose else 0,)), ((), ()))
 
-    def column(bounds):
-        def add(p, y_j):
-            b = blocks[p if order is None else order[p]]
-            x_i = tiles[source[p]]
-            return y_j + lax.dot_general(
-                x_i, b, contract, preferred_element_type=accumulator
-            )
+    def product(p):
+        b = blocks[p if order is None else order[p]]
+        return _dot(_strip(x, source[p], side_in), b, (1, 1 if transpose else 0))
 
-        y_j = jnp.zeros((x.shape[0], side_out), accumulator)
-        return lax.fori_loop(bounds[0], bounds[1], add, y_j).astype(x.dtype)
+    def column(step, y):
+        j = columns[step]
+        first, end = ptr[j], ptr[j + 1]
+        y_j = lax.fori_loop(
+            first + 1, end, lambda p, y_j: y_j + product(p), product(first)
+        )
+        return _put(y, y_j.astype(y.dtype), (0, j * side_out))
 
-    return _untile(lax.map(column, (ptr[:-1], ptr[1:])))
+    trips, columns = _occupied(ptr)
+    y = jnp.zeros((x.shape[0], columns.shape[0] * side_out), x.dtype)
+    return lax.fori_loop(0, trips, column, y)
 
 
 def sdd(x, dy, rows, cols, count, *, block_shape, dtype):
@@ -63,31 +65,75 @@ def sdd(x, dy, rows, cols, count, *, block_shape, dtype):
     Returns:
       blocks [slots, bk, bn].
     """
-    accumulator = _accumulator(x.dtype)
-    x_tiles, dy_tiles = _tiles(x, block_shape[0]), _tiles(dy, block_shape[1])
+    bk, bn = block_shape
+    # A product that contracts the rows of both operands runs at half the speed of a
+    # plain one, so one of them is transposed beforehand: the smaller.
+    x_first = x.shape[1] <= dy.shape[1]
+    transposed = (x if x_first else dy).T
 
     def write(p, blocks):
-        block = lax.dot_general(
-            x_tiles[rows[p]],
-            dy_tiles[cols[p]],
-            (((0,), (0,)), ((), ())),
-            preferred_element_type=accumulator,
-        )
-        return blocks.at[p].set(block.astype(dtype))
+        if x_first:
+            x_i = lax.dynamic_slice_in_dim(transposed, rows[p] * bk, bk, 0)
+            block = _dot(x_i, _strip(dy, cols[p], bn), (1, 0))
+        else:
+            dy_j = lax.dynamic_slice_in_dim(transposed, cols[p] * bn, bn, 0)
+            block = _dot(dy_j, _strip(x, rows[p], bk), (1, 0)).T
+        return _put(blocks, block.astype(dtype)[None], (p, 0, 0))
 
-    blocks = jnp.zeros((rows.shape[0], *block_shape), dtype)
+    blocks = jnp.zeros((rows.shape[0], bk, bn), dtype)
     return lax.fori_loop(0, count, write, blocks)
 
 
-def _accumulator(dtype):
-    return jnp.float64 if dtype == jnp.float64 else jnp.float32
+def prefers_dense(m, k, n, block_shape, slots, dtype):
+    """Whether one dense product beats the loops on a CPU, by a static rule."""
+    del m, dtype
+    bk, bn = block_shape
+    limit = 0.55 if min(bk, bn) >= 64 else 0.3 if min(bk, bn) >= 32 else 0.12
+    return slots * bk * bn > limit * k * n
 
 
-def _tiles(x, side):
-    """[m, tiles * side] -> [tiles, m, side]."""
-    return x.reshape(x.shape[0], -1, side).transpose(1, 0, 2)
+def dsd_dense(x, blocks, order, source, ptr, *, transpose):
+    """``dsd`` by one dense product: holds the whole matrix."""
+    slots, bk, bn = blocks.shape
+    side_in, side_out = (bn, bk) if transpose else (bk, bn)
+    tiles_in, tiles_out = x.shape[1] // side_in, ptr.shape[0] - 1
+    p = jnp.arange(slots, dtype=ptr.dtype)
+    column = jnp.searchsorted(ptr, p, side="right") - 1  # tiles_out at padding
+    b = blocks if order is None else blocks[order]
+    b = b.swapaxes(1, 2) if transpose else b
+    w = jnp.zeros((tiles_in, tiles_out, side_in, side_out), blocks.dtype)
+    w = w.at[source, column].set(b, mode="drop").swapaxes(1, 2)
+    w = w.reshape(tiles_in * side_in, tiles_out * side_out)
+    return _dot(x, w, (1, 0)).astype(x.dtype)
 
 
-def _untile(tiles):
-    """[tiles, m, side] -> [m, tiles * side]."""
-    return tiles.transpose(1, 0, 2).reshape(tiles.shape[1], -1)
+def sdd_dense(x, dy, rows, cols, count, *, block_shape, dtype):
+    """``sdd`` by one dense product, of which the stored blocks are gathered."""
+    bk, bn = block_shape
+    dw = _dot(x, dy, (0, 0)).reshape(-1, bk, dy.shape[1] // bn, bn)
+    stored = jnp.arange(rows.shape[0]) < count
+    return jnp.where(stored[:, None, None], dw[rows, :, cols], 0).astype(dtype)
+
+
+def _dot(a, b, contracted):
+    """Contracts one dimension of each matrix; float32 sums (float64 of float64)."""
+    accumulator = jnp.float64 if a.dtype == jnp.float64 else jnp.float32
+    i, j = contracted
+    return lax.dot_general(
+        a, b, (((i,), (j,)), ((), ())), preferred_element_type=accumulator
+    )
+
+
+def _strip(x, i, side):
+    """Column tile i of x: [m, side]."""
+    return lax.dynamic_slice_in_dim(x, i * side, side, 1)
+
+
+def _put(x, part, start):
+    return lax.dynamic_update_slice(x, part, start)
+
+
+def _occupied(ptr):
+    """The number of columns that hold a block, and all columns, those first."""
+    empty = ptr[1:] == ptr[:-1]
+    return jnp.sum(~empty, dtype=jnp.int32), jnp.argsort(empty, stable=True)
