@@ -346,7 +346,21 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
     """
     fn = getattr(fn, "__wrapped__", fn)
     with _record() as decisions:
-        jax.eval_shape(lambda a, k: fn(*a, **k), args, kwargs)
+        leaves, tree = jax.tree.flatten((args, kwargs))
+        is_array = [hasattr(leaf, "shape") and hasattr(leaf, "dtype") for leaf in leaves]
+
+        def run(arrays):
+            arrays = iter(arrays)
+            filled = [
+                next(arrays) if known else leaf
+                for known, leaf in zip(is_array, leaves, strict=True)
+            ]
+            args, kwargs = jax.tree.unflatten(tree, filled)
+            fn(*args, **kwargs)
+
+        jax.eval_shape(
+            run, [a for a, known in zip(leaves, is_array, strict=True) if known]
+        )
     if not decisions:
         return "no sparse product of sparsejax is traced in this call"
     return "\n".join(dict.fromkeys(_describe(each) for each in decisions))

@@ -47,6 +47,14 @@ class Problem:
     dtype: str
     out_dtype: str
 
+    def __str__(self):
+        bk, bn = self.block_shape
+        places = (self.k // bk) * (self.n // bn)
+        return (
+            f"{self.op}: {self.m} rows, {self.k}x{self.n} matrix, {self.slots} slots of "
+            f"{bk}x{bn} blocks ({self.slots / places:.1%} of the places), {self.dtype}"
+        )
+
 
 @dataclasses.dataclass(frozen=True)
 class Config:
