@@ -69,13 +69,26 @@ def _row_and_column(tile, rows: int, columns: int, group: int):
     return strip * group + lax.rem(rest, height), lax.div(rest, height)
 
 
-def _call(body, *, name, out_type, programs, warpgroups, interpret):
+def _varying(out, operands):
+    """Gives ``out`` the operands' varying axes, inside shard_map.
+
+    ``plgpu.kernel`` forgets them, and a result that differs between devices would pass
+    as replicated.
+    """
+    axes = [jax.typeof(a).manual_axis_type.varying for a in operands]
+    missing = frozenset().union(*axes) - jax.typeof(out).manual_axis_type.varying
+    return lax.pcast(out, tuple(missing), to="varying") if missing else out
+
+
+def _call(operands, body, *, name, out_type, programs, warpgroups, interpret):
     kwargs = {}
-    if interpret is not None:
-        kwargs["interpret"] = interpret
+    if interpret:
+        # Simulates the warpgroups, TMA and barriers on the CPU; not in jax 0.10.
+        on = interpret is True
+        kwargs["interpret"] = plgpu.InterpretGPUParams() if on else interpret
     if warpgroups > 1:
         kwargs.update(num_threads=warpgroups + 1, thread_name="warpgroup")
-    return plgpu.kernel(
+    kernel = plgpu.kernel(
         body,
         out_type=out_type,
         grid=(programs,),
@@ -87,6 +100,7 @@ def _call(body, *, name, out_type, programs, warpgroups, interpret):
         ),
         **kwargs,
     )
+    return _varying(kernel(*operands), operands)
 
 
 def _multiply(
@@ -210,7 +224,7 @@ def dsd(
         ptr: int32 [tiles_out + 1].
         transpose: multiply by each block transposed.
         config: tile sizes; ``tile_k`` divides side_in.
-        interpret: what ``plgpu.kernel`` takes, None to compile.
+        interpret: True or ``plgpu.InterpretGPUParams`` to simulate, from jax 0.11 on.
 
     Returns:
         [m, tiles_out * side_out] of x's dtype.
@@ -305,13 +319,14 @@ def dsd(
 
     lists = [source, ptr] if order is None else [order, source, ptr]
     y = _call(
+        (x, blocks, *lists),
         body,
         name="block_sparse_matmul_dsd" + ("_transposed" if transpose else ""),
         out_type=jax.ShapeDtypeStruct((m, tiles_out * side_out), x.dtype),
         programs=row_tiles * tiles_out,
         warpgroups=config.warpgroups,
         interpret=interpret,
-    )(x, blocks, *lists)
+    )
     return y if m == rows else y[:rows]
 
 
@@ -339,7 +354,7 @@ def sdd(
         dtype: of the result, x's or float32.
         config: tile sizes; here ``tile_m`` is the rows of a block that one program
             computes and ``tile_k`` the rows of x that one step multiplies.
-        interpret: what ``plgpu.kernel`` takes, None to compile.
+        interpret: True or ``plgpu.InterpretGPUParams`` to simulate, from jax 0.11 on.
 
     Returns:
         [slots, bk, bn] of ``dtype``, zeros at slots beyond the count.
@@ -395,10 +410,11 @@ def sdd(
         )
 
     return _call(
+        (x, dy, rows, cols, count.reshape(1)),
         body,
         name="block_sparse_matmul_sdd",
         out_type=jax.ShapeDtypeStruct((slots, bk, bn), dtype),
         programs=slots * parts,
         warpgroups=config.warpgroups,
         interpret=interpret,
-    )(x, dy, rows, cols, count.reshape(1))
+    )
