@@ -311,6 +311,18 @@ def transpose_blocks(
     return blocks[layout.transpose_order()].swapaxes(-1, -2), layout.transpose()
 
 
+def check_single(layout: BlockLayout) -> None:
+    """What an operator can check of its layout: all if concrete, else the rank."""
+    if layout.rows.ndim != 1:
+        raise ValueError(
+            f"layout: got a stack of layouts, rows {layout.rows.shape}, needed one: "
+            "take it apart by vmap or scan"
+        )
+    traced = (jax.core.Tracer, jax.ShapeDtypeStruct)
+    if not isinstance(layout.rows, traced) and not isinstance(layout.cols, traced):
+        check_layout(layout)
+
+
 def check_blocks(blocks: Array, layout: BlockLayout) -> None:
     """Raises ValueError unless ``blocks`` is ``[capacity, bk, bn]`` of the layout."""
     if blocks.shape != layout.blocks_shape:

@@ -1,0 +1,14 @@
+"""Flax NNX modules: variables around ``sparsejax.layers``, no arithmetic.
+
+Variables: ``nnx.Param`` for kernel and bias; ``Mask`` and ``Layout`` hold the topology,
+``GrowthProbe`` the zeros whose gradient is the growth score. So
+``nnx.split(model, nnx.Param, Layout, GrowthProbe, ...)`` gives what a topology step needs.
+"""
+
+from sparsejax.nnx._linear import BlockSparseLinear as BlockSparseLinear
+from sparsejax.nnx._linear import MaskedLinear as MaskedLinear
+from sparsejax.nnx._variables import GrowthProbe as GrowthProbe
+from sparsejax.nnx._variables import Layout as Layout
+from sparsejax.nnx._variables import Mask as Mask
+
+__all__ = ["BlockSparseLinear", "GrowthProbe", "Layout", "Mask", "MaskedLinear"]

@@ -19,8 +19,8 @@ from pallas_kernels.block_sparse_matmul import _spec
 from pallas_kernels.block_sparse_matmul._spec import Problem
 from sparsejax import _dispatch
 from sparsejax._dispatch import Choice, Implementation
-from sparsejax.layouts import BlockLayout, check_layout
-from sparsejax.layouts._block import check_blocks, pad_to
+from sparsejax.layouts import BlockLayout
+from sparsejax.layouts._block import check_blocks, check_single, pad_to
 from sparsejax.ops import _block_sparse_xla
 from sparsejax.ops._checks import check_floating, over_explicit_axes
 
@@ -77,8 +77,8 @@ def block_sparse_matmul(
       Reverse mode to any order, in x and blocks. Forward mode raises JAX's error for
       ``custom_vjp``; ``block_sparse_matmul_reference`` has it.
     """
+    check_single(layout)
     check_blocks(blocks, layout)
-    check_layout(layout)
     if x.ndim < 1 or x.shape[-1] != layout.shape[0]:
         raise ValueError(
             f"x: got shape {x.shape}, needed [..., {layout.shape[0]}]: the layout is of "
@@ -139,7 +139,7 @@ def sampled_matmul(
     Note:
       Reverse mode to any order.
     """
-    check_layout(layout)
+    check_single(layout)
     if x.ndim < 1 or x.shape[-1] != layout.shape[0]:
         raise ValueError(f"x: got shape {x.shape}, needed [..., {layout.shape[0]}]")
     if y.shape != (*x.shape[:-1], layout.shape[1]):
