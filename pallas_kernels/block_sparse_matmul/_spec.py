@@ -63,6 +63,11 @@ class Config:
     tile_m: rows of x (and y, dy) that one program instance works on.
     unroll: blocks that one inner step multiplies.
     stages: depth of the copy pipeline.
+    rows: TPU: rows of a tile that go through the inner step at a time.
+    splits: TPU: parts of y's columns (dsd) or of the slots (sdd) held one at a time.
+    resident: TPU: all blocks lie in VMEM.
+    cores: TPU: cores of the chip that share the row tiles of dsd.
+    unit_unroll: TPU: as ``unroll``, for units made of blocks smaller than 128.
     tile_k: GPU: the contraction that one piece of a step covers.
     warpgroups: GPU: warpgroups that compute; with two, a third one copies.
     group: GPU: row tiles that programs take together, for L2.
@@ -74,6 +79,11 @@ class Config:
     tile_k: int = 64
     warpgroups: int = 1
     group: int = 8
+    rows: int = 128
+    splits: int = 1
+    resident: bool = True
+    cores: int = 1
+    unit_unroll: int = 4
 
 
 # --- GPU: Pallas Mosaic, Hopper -----------------------------------------------------
@@ -166,3 +176,132 @@ def _stages_mosaic_gpu(stage: int, out: int, warpgroups: int) -> int:
     room = _HOPPER_SMEM - _HOPPER_BARRIERS
     room = room - out if warpgroups == 2 else room // 2
     return max(2, min(6, room // stage))
+
+
+# --- TPU: Pallas Mosaic -------------------------------------------------------------
+
+# VMEM of one core in MiB, less what the compiler keeps for itself. Where the chip is not
+# known yet the tiles must fit the smallest.
+_TPU_VMEM = {"v4": 13, "v5e": 100, "v5p": 52, "v6e": 100, "tpu7x": 52, None: 13}
+# Cores that one device's grid is shared by.
+_TPU_CORES = {"v4": 2, "v5p": 2}
+# Bytes of SMEM that the lists of one call may take.
+_TPU_SMEM = 900 * 2**10
+_TPU_LANES = 128
+
+
+def check_mosaic_tpu(problem: Problem, chip: str | None) -> None:
+    """Raises NotImplementedError where the TPU kernels do not serve the problem.
+
+    Args:
+        problem: the product asked for.
+        chip: "v4", "v5e", "v5p", "v6e", "tpu7x", another chip's name, or None where it
+            is not known yet.
+    """
+    if chip not in _TPU_VMEM:
+        served = ", ".join(name for name in _TPU_VMEM if name)
+        raise NotImplementedError(f"mosaic_tpu: chip is {chip}, needs one of {served}")
+    if problem.dtype not in ("bfloat16", "float32"):
+        raise NotImplementedError(
+            f"mosaic_tpu: dtype is {problem.dtype}, needs bfloat16 or float32"
+        )
+    served = (problem.dtype, "float32") if problem.op == "sdd" else (problem.dtype,)
+    if problem.out_dtype not in served:
+        raise NotImplementedError(
+            f"mosaic_tpu: out_dtype is {problem.out_dtype} for {problem.op}, needs "
+            f"{' or '.join(served)}"
+        )
+    multiple = 16 if problem.dtype == "bfloat16" else 8
+    for name, side in zip(("bk", "bn"), problem.block_shape, strict=True):
+        if side % multiple or not multiple <= side <= 256:
+            raise NotImplementedError(
+                f"mosaic_tpu: block_shape has {name}={side}, needs a multiple of "
+                f"{multiple} from {multiple} to 256 for {problem.dtype}"
+            )
+    for name in ("m", "slots"):
+        if getattr(problem, name) < 1:
+            raise NotImplementedError(
+                f"mosaic_tpu: {name} is {getattr(problem, name)}, needs at least 1"
+            )
+    lists = _smem_mosaic_tpu(problem)
+    if lists > _TPU_SMEM:
+        raise NotImplementedError(
+            f"mosaic_tpu: slots is {problem.slots}, whose lists take {lists} bytes of "
+            f"SMEM, needs at most {_TPU_SMEM}: fewer or larger blocks"
+        )
+    config = config_mosaic_tpu(problem, chip)
+    needed, room = vmem_mosaic_tpu(problem, config), _TPU_VMEM[chip] * 2**20
+    if needed > room:
+        raise NotImplementedError(
+            f"mosaic_tpu: k={problem.k}, n={problem.n} need {needed} bytes of VMEM with "
+            f"a tile of {config.tile_m} rows, {chip or 'the smallest chip'} has {room}"
+        )
+
+
+def config_mosaic_tpu(problem: Problem, chip: str | None) -> Config:
+    """Picks the tiles of the TPU kernels: the largest ones that fit the chip's VMEM."""
+    room = _TPU_VMEM.get(chip, _TPU_VMEM[None]) * 2**20
+    cores = _TPU_CORES.get(chip, 1)
+    rows = -(-problem.m // 16) * 16
+    parts = problem.slots if problem.op == "sdd" else _panels_mosaic_tpu(problem)
+    splits = [1 << power for power in range((parts - 1).bit_length() + 1)]
+    best = None
+    for tile_m in (1024, 512, 256, 128, 64, 32, 16):
+        if tile_m > 512 or (tile_m > 16 and tile_m >= 2 * rows):
+            continue
+        for resident in (True, False):
+            for split in splits:
+                best = Config(
+                    tile_m=tile_m,
+                    unroll=8,
+                    splits=split,
+                    resident=resident,
+                    cores=cores,
+                )
+                if vmem_mosaic_tpu(problem, best) <= room:
+                    return best
+    assert best is not None
+    return best
+
+
+def vmem_mosaic_tpu(problem: Problem, config: Config) -> int:
+    """Bytes of VMEM that a kernel's buffers take."""
+    bk, bn = problem.block_shape
+    unit_k, unit_n = (math.lcm(side, _TPU_LANES) for side in (bk, bn))
+    k, n = -(-problem.k // unit_k) * unit_k, -(-problem.n // unit_n) * unit_n
+    tile_m = min(config.tile_m, -(-problem.m // 16) * 16)
+    item = 2 if problem.dtype == "bfloat16" else 4
+    wide = -(-bn // _TPU_LANES) * _TPU_LANES
+    direct = (unit_k, unit_n) == (bk, bn)
+    if problem.op == "sdd":
+        size = -(-problem.slots // config.splits)
+        size = -(-size // config.unroll) * config.unroll
+        out = 4 if problem.out_dtype == "float32" else 2
+        total = tile_m * (3 * k + 2 * n) * item
+        total += size * bk * wide * (out * (1 + (config.splits > 1)) + 4 * (out < 4))
+        return total + (0 if direct else k * unit_n * 4)
+    side, inner = (unit_n, k) if problem.op == "dsd" else (unit_k, n)
+    columns = -(-_panels_mosaic_tpu(problem) // config.splits)
+    total = tile_m * (2 * inner * item + 2 * columns * side * item + 4 * side)
+    held = problem.slots if config.resident else 2 * config.unroll
+    total += held * bk * wide * item
+    return total + (0 if direct else inner * side * item)
+
+
+def _panels_mosaic_tpu(problem: Problem) -> int:
+    """Panels of y that the columns are held as."""
+    bk, bn = problem.block_shape
+    side, width = (bn, problem.n) if problem.op == "dsd" else (bk, problem.k)
+    return -(-width // math.lcm(side, _TPU_LANES))
+
+
+def _smem_mosaic_tpu(problem: Problem) -> int:
+    """Bytes of SMEM that the lists of one call take."""
+    bk, bn = problem.block_shape
+    unit_k, unit_n = (math.lcm(side, _TPU_LANES) for side in (bk, bn))
+    units = 0
+    if (unit_k, unit_n) != (bk, bn):
+        units = (-(-problem.k // unit_k) + 2) * (-(-problem.n // unit_n) + 2)
+    if problem.op == "sdd":
+        return 4 * (2 * problem.slots + units)
+    return 4 * (4 * (problem.slots + _panels_mosaic_tpu(problem)) + units)

@@ -1,0 +1,817 @@
+"""Block-sparse products on TPU: Pallas Mosaic, lists by scalar prefetch.
+
+Memory plan. x stays in HBM; a row tile of it, whole ([tile_m, K]), is brought to VMEM by
+one copy and used for every block before the next one arrives (two buffers). The stored
+blocks lie in VMEM whole where they fit (``Config.resident``), else each step's blocks
+are copied one step ahead. y is gathered in VMEM as panels [tile_m, side_out], one per
+tile of columns, which the copies to HBM put side by side while the next row tile is
+computed (two buffers). ``splits`` cuts the columns of y, and in sdd the slots, where
+they do not fit at once. The lists (source, target, slot) are in SMEM: they are data, so
+new contents do not recompile.
+
+Grid of dsd: (cores, row tiles per core, splits of y's columns). A grid step runs over a
+flat list of blocks sorted by target, ``unroll`` of them per inner step, whatever columns
+they belong to: the cost is that of the blocks that are there. The float32 accumulator is
+set to zero where a column starts. Each block writes the column's running sum to its
+panel, so that no step needs to know where a column ends; an empty column has one list
+entry of its own, which multiplies nothing. Work goes ``rows`` rows at a time, so that the
+accumulator stays in registers from block to block of a step.
+
+Grid of sdd: (chunks of slots, row tiles). The float32 accumulators of all blocks of a
+chunk stay in VMEM while the rows stream by. x is transposed once per row tile, in VMEM.
+
+Blocks whose sides are no multiples of 128 lanes go by units of lcm(side, 128): dsd lays
+the blocks of one unit column out in a dense strip in VMEM and multiplies the units that
+hold a block; sdd computes those units whole and cuts the blocks out.
+
+The last row tile begins early enough to be whole: it repeats rows of the one before it
+(dsd) or counts them as zero (sdd). Only m that is no multiple of 16, or k or n that is
+no multiple of the unit, is padded outside.
+
+Dtypes: bfloat16 and float32, accumulated in float32. Products of float32 go at the
+precision of ``jax.default_matmul_precision``, as those of XLA do.
+Chips: compiled for v4, v5e, v5p, v6e and tpu7x, jax 0.10.2.
+"""
+
+import functools
+import math
+
+import jax
+from jax import lax
+from jax import numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.block_sparse_matmul._spec import Config
+
+_LANES = 128
+# Rows that a tile of a bfloat16 array holds; every tile_m is a multiple of it.
+_SUBLANES = 16
+# What the compiler keeps in VMEM beside the buffers asked for: spills, constants.
+_VMEM_SLACK = 2 * 2**20
+# How a list entry treats the accumulator: goes on, sets it to zero first, or sets it to
+# zero and multiplies nothing.
+_GO_ON, _START, _EMPTY = 0, 1, 2
+
+
+def dsd(
+    x: jax.Array,
+    blocks: jax.Array,
+    order: jax.Array | None,
+    source: jax.Array,
+    ptr: jax.Array,
+    *,
+    transpose: bool,
+    config: Config,
+    interpret=False,
+) -> jax.Array:
+    """Dense times sparse; the contract is in ``_spec``.
+
+    Args:
+        x: ``[m, tiles_in * side_in]``.
+        blocks: ``[slots, bk, bn]``, dtype of x.
+        order: int32 ``[slots]``, where each list entry's block is stored; None: in order.
+        source: int32 ``[slots]``, tile of x that each entry multiplies.
+        ptr: int32 ``[tiles_out + 1]``, entries of each tile of y.
+        transpose: multiply each block transposed.
+        config: tile sizes.
+        interpret: True or ``pltpu.InterpretParams()`` to run without a TPU.
+
+    Returns:
+        y, ``[m, tiles_out * side_out]``, dtype of x.
+    """
+    m, columns_out = x.shape[0], (ptr.shape[0] - 1) * blocks.shape[2 - transpose]
+    side_in, side_out = blocks.shape[1 + transpose], blocks.shape[2 - transpose]
+    unit_in, unit_out = math.lcm(side_in, _LANES), math.lcm(side_out, _LANES)
+    x = _pad(x, _SUBLANES, unit_in)
+    call = _dsd_direct if (unit_in, unit_out) == (side_in, side_out) else _dsd_strips
+    y = call(x, blocks, order, source, ptr, transpose, config, interpret)
+    return y if y.shape == (m, columns_out) else y[:m, :columns_out]
+
+
+def _dsd_direct(x, blocks, order, source, ptr, transpose, config, interpret):
+    """The product where each side of a block is a multiple of 128."""
+    slots, bk, bn = blocks.shape
+    side_in, side_out = (bn, bk) if transpose else (bk, bn)
+    tiles_out = ptr.shape[0] - 1
+    splits, columns = _split(tiles_out, config.splits)
+    # One entry per block, and one per empty column; padding at the end is never read.
+    length = slots + tiles_out
+    visits = jnp.maximum(jnp.diff(ptr), 1)
+    starts = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(visits)])
+    entry = jnp.arange(length, dtype=jnp.int32)
+    target = jnp.searchsorted(starts, entry, side="right").astype(jnp.int32) - 1
+    target = jnp.clip(target, 0, tiles_out - 1)
+    rank = entry - starts[target]
+    place = jnp.clip(ptr[target] + rank, 0, slots - 1)
+    empty = ptr[target] == ptr[target + 1]
+    state = jnp.where(empty, _EMPTY, jnp.where(rank == 0, _START, _GO_ON))
+    slot = place if order is None else order[place]
+    edges = [min(split * columns, tiles_out) for split in range(splits + 1)]
+    lists = (
+        jnp.where(empty, 0, source[place]),
+        target % columns,
+        slot,
+        state.astype(jnp.int32),
+        starts[jnp.array(edges)],
+    )
+    kernel = functools.partial(
+        _dsd_kernel, transpose=transpose, tiles_out=tiles_out, config=config
+    )
+    return _dsd_call(
+        kernel, lists, x, blocks, side_out, tiles_out, transpose, config, interpret, []
+    )
+
+
+def _dsd_strips(x, blocks, order, source, ptr, transpose, config, interpret):
+    """The product by dense strips, for blocks with other sides."""
+    slots, bk, bn = blocks.shape
+    side_in, side_out = (bn, bk) if transpose else (bk, bn)
+    unit_k, unit_n = math.lcm(bk, _LANES), math.lcm(bn, _LANES)
+    unit_in, unit_out = (unit_n, unit_k) if transpose else (unit_k, unit_n)
+    group_in, group_out = unit_in // side_in, unit_out // side_out
+    units_in = x.shape[1] // unit_in
+    units_out = -(-(ptr.shape[0] - 1) // group_out)
+    entry = jnp.arange(slots, dtype=jnp.int32)
+    target = jnp.searchsorted(ptr, entry, side="right").astype(jnp.int32) - 1
+    unit = jnp.where(entry < ptr[-1], target // group_out, units_out)
+    full, counts = _full_units(unit, source // group_in, units_out, units_in)
+    edges = jnp.minimum(jnp.arange(units_out + 1) * group_out, ptr.shape[0] - 1)
+    lists = (
+        source,
+        target,
+        entry if order is None else order,
+        ptr[edges],
+        full,
+        counts,
+    )
+    kernel = functools.partial(
+        _dsd_strips_kernel,
+        transpose=transpose,
+        groups=(group_in, group_out),
+        units_out=units_out,
+        config=config,
+    )
+    strip = [pltpu.VMEM((units_in, unit_k, unit_n), x.dtype)]
+    return _dsd_call(
+        kernel,
+        lists,
+        x,
+        blocks,
+        unit_out,
+        units_out,
+        transpose,
+        config,
+        interpret,
+        strip,
+    )
+
+
+def _dsd_call(
+    kernel, lists, x, blocks, side, tiles_out, transpose, config, interpret, scratch
+):
+    """The pallas_call that both forms of dsd share; ``side`` is a panel's width."""
+    rows, columns_in = x.shape
+    slots, bk, bn = blocks.shape
+    tile_m = min(config.tile_m, rows)
+    splits, columns = _split(tiles_out, config.splits)
+    tiles = -(-rows // tile_m)
+    cores = min(config.cores, tiles)
+    scratch = [
+        pltpu.VMEM((2, tile_m, columns_in), x.dtype),
+        pltpu.VMEM((2, columns, tile_m, side), x.dtype),
+        pltpu.VMEM((tile_m, side), jnp.float32),
+        pltpu.SemaphoreType.DMA((2,)),
+        pltpu.SemaphoreType.DMA((2,)),
+        *scratch,
+    ]
+    if config.resident:
+        blocks_spec = pl.BlockSpec(
+            (slots, bk, bn), lambda *_: (0, 0, 0), pipeline_mode=pl.Buffered(1)
+        )
+        limit = _bytes((slots, bk, bn), x.dtype)
+    else:
+        blocks_spec = pl.BlockSpec(memory_space=pl.ANY)
+        scratch += [
+            pltpu.VMEM((2, config.unroll, bk, bn), x.dtype),
+            pltpu.SemaphoreType.DMA((2,)),
+        ]
+        limit = 0
+    limit += sum(_bytes(s.shape, s.dtype) for s in scratch if len(s.shape) > 1)
+    return pl.pallas_call(
+        kernel,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=len(lists),
+            grid=(cores, -(-tiles // cores), splits),
+            in_specs=[pl.BlockSpec(memory_space=pl.ANY), blocks_spec],
+            out_specs=pl.BlockSpec(memory_space=pl.ANY),
+            scratch_shapes=scratch,
+        ),
+        out_shape=_out_shape((rows, tiles_out * side), x.dtype, x),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary", "arbitrary"),
+            vmem_limit_bytes=limit + _VMEM_SLACK,
+        ),
+        interpret=interpret,
+        name="block_sparse_matmul_dsd" + ("_transposed" if transpose else ""),
+    )(*lists, x, blocks)
+
+
+def _dsd_kernel(
+    source_ref,
+    target_ref,
+    slot_ref,
+    state_ref,
+    bounds_ref,
+    x_hbm,
+    blocks_ref,
+    y_hbm,
+    x_ref,
+    y_ref,
+    acc_ref,
+    x_sem,
+    y_sem,
+    *buffers,
+    transpose,
+    tiles_out,
+    config,
+):
+    side_in, side_out = blocks_ref.shape[-2:][:: -1 if transpose else 1]
+    dims = (((1,), (1 if transpose else 0,)), ((), ()))
+    unroll = config.unroll
+    split = pl.program_id(2)
+    first, last = bounds_ref[split], bounds_ref[split + 1]
+    x_now, y_now = _open_tile(x_hbm, x_ref, x_sem, y_ref, y_sem, tiles_out)
+
+    def entries(group):
+        return [
+            jnp.minimum(first + group * unroll + u, last - 1) for u in range(unroll)
+        ]
+
+    groups = pl.cdiv(last - first, unroll)
+    fetch = _fetch(blocks_ref, buffers, lambda g: [slot_ref[e] for e in entries(g)])
+    fetch.start(0, groups)
+
+    def step(group, carry):
+        blocks = fetch.take(group, groups)
+        work = []
+        for u, entry in enumerate(entries(group)):
+            real = first + group * unroll + u < last
+            state = state_ref[entry]
+            work.append(
+                (
+                    pl.multiple_of(source_ref[entry] * side_in, _LANES),
+                    target_ref[entry],
+                    real & (state != _GO_ON),
+                    real & (state != _EMPTY),
+                    blocks[u],
+                )
+            )
+        for rows in _row_chunks(acc_ref.shape[0], config.rows):
+            acc = acc_ref[rows]
+            for column, target, start, counts, block in work:
+                product = lax.dot_general(
+                    x_ref[x_now, rows, pl.ds(column, side_in)],
+                    block(),
+                    dims,
+                    preferred_element_type=jnp.float32,
+                )
+                acc = jnp.where(start, 0.0, acc) + jnp.where(counts, product, 0.0)
+                y_ref[y_now, target, rows] = acc.astype(y_ref.dtype)
+            acc_ref[rows] = acc
+        return carry
+
+    lax.fori_loop(0, groups, step, 0)
+    _close_tile(y_hbm, y_ref, y_sem, tiles_out)
+
+
+def _dsd_strips_kernel(
+    source_ref,
+    target_ref,
+    slot_ref,
+    bounds_ref,
+    full_ref,
+    counts_ref,
+    x_hbm,
+    blocks_ref,
+    y_hbm,
+    x_ref,
+    y_ref,
+    acc_ref,
+    x_sem,
+    y_sem,
+    strip_ref,
+    *buffers,
+    transpose,
+    groups,
+    units_out,
+    config,
+):
+    units_in, unit_k, unit_n = strip_ref.shape
+    unit_in, unit_out = (unit_n, unit_k) if transpose else (unit_k, unit_n)
+    group_in, group_out = groups
+    dims = (((1,), (1 if transpose else 0,)), ((), ()))
+    unroll, columns = config.unroll, y_ref.shape[1]
+    base = pl.program_id(2) * columns
+    x_now, y_now = _open_tile(x_hbm, x_ref, x_sem, y_ref, y_sem, units_out)
+
+    def column(local, carry):
+        unit = base + local
+        first, last = bounds_ref[unit], bounds_ref[unit + 1]
+
+        def zero(index, carry):
+            strip_ref[index] = jnp.zeros((unit_k, unit_n), strip_ref.dtype)
+            return carry
+
+        lax.fori_loop(0, units_in, zero, 0)
+
+        def entries(group):
+            return [
+                jnp.minimum(first + group * unroll + u, last - 1) for u in range(unroll)
+            ]
+
+        steps = pl.cdiv(last - first, unroll)
+        fetch = _fetch(blocks_ref, buffers, lambda g: [slot_ref[e] for e in entries(g)])
+        fetch.start(0, steps)
+
+        def place(group, carry):
+            blocks = fetch.take(group, steps)
+            for entry, block in zip(entries(group), blocks, strict=True):
+                # A repeated entry writes what is there already.
+                inner = lax.rem(source_ref[entry], group_in)
+                outer = lax.rem(target_ref[entry], group_out)
+                row, col = (outer, inner) if transpose else (inner, outer)
+                _place(
+                    strip_ref, lax.div(source_ref[entry], group_in), row, col, block()
+                )
+            return carry
+
+        lax.fori_loop(0, steps, place, 0)
+        acc_ref[...] = jnp.zeros(acc_ref.shape, jnp.float32)
+        count = counts_ref[unit]
+
+        def multiply(group, carry):
+            work = []
+            for u in range(config.unit_unroll):
+                entry = group * config.unit_unroll + u
+                index = full_ref[unit * units_in + jnp.minimum(entry, count - 1)]
+                work.append(
+                    (pl.multiple_of(index * unit_in, _LANES), index, entry < count)
+                )
+            for rows in _row_chunks(acc_ref.shape[0], config.rows):
+                acc = acc_ref[rows]
+                for start, index, counts in work:
+                    product = lax.dot_general(
+                        x_ref[x_now, rows, pl.ds(start, unit_in)],
+                        strip_ref[index],
+                        dims,
+                        preferred_element_type=jnp.float32,
+                    )
+                    acc = acc + jnp.where(counts, product, 0.0)
+                acc_ref[rows] = acc
+            return carry
+
+        lax.fori_loop(0, pl.cdiv(count, config.unit_unroll), multiply, 0)
+        y_ref[y_now, local] = acc_ref[...].astype(y_ref.dtype)
+        return carry
+
+    here = jnp.minimum(columns, units_out - base)
+    lax.fori_loop(0, here, column, 0)
+    _close_tile(y_hbm, y_ref, y_sem, units_out)
+
+
+def sdd(
+    x: jax.Array,
+    dy: jax.Array,
+    rows: jax.Array,
+    cols: jax.Array,
+    count: jax.Array,
+    *,
+    block_shape: tuple[int, int],
+    dtype,
+    config: Config,
+    interpret=False,
+) -> jax.Array:
+    """The blocks of x^T dy that a layout keeps; the contract is in ``_spec``.
+
+    Args:
+        x: ``[m, tiles_k * bk]``.
+        dy: ``[m, tiles_n * bn]``, dtype of x.
+        rows: int32 ``[slots]``.
+        cols: int32 ``[slots]``; slots sorted by (col, row).
+        count: int32 ``[]``, slots in use.
+        block_shape: (bk, bn).
+        dtype: of the result: that of x, or float32.
+        config: tile sizes.
+        interpret: True or ``pltpu.InterpretParams()`` to run without a TPU.
+
+    Returns:
+        blocks, ``[slots, bk, bn]``; zeros beyond ``count``.
+    """
+    bk, bn = block_shape
+    slots = rows.shape[0]
+    unit_k, unit_n = math.lcm(bk, _LANES), math.lcm(bn, _LANES)
+    x, dy = _pad(x, _SUBLANES, unit_k), _pad(dy, _SUBLANES, unit_n)
+    chunks, size = _split(slots, config.splits)
+    size = -(-size // config.unroll) * config.unroll
+    chunks = -(-slots // size)
+    used = jnp.arange(slots, dtype=jnp.int32) < count
+    more = (0, chunks * size - slots)
+    rows = jnp.pad(jnp.where(used, rows, 0), more)
+    units_k, units_n = x.shape[1] // unit_k, dy.shape[1] // unit_n
+    direct = (unit_k, unit_n) == (bk, bn)
+    tile_m = min(config.tile_m, x.shape[0])
+    scratch = [
+        pltpu.VMEM((2, tile_m, x.shape[1]), x.dtype),
+        pltpu.VMEM((2, tile_m, dy.shape[1]), x.dtype),
+        pltpu.VMEM((units_k, unit_k, tile_m), x.dtype),
+        pltpu.SemaphoreType.DMA((2,)),
+        pltpu.SemaphoreType.DMA((2,)),
+    ]
+    total = jnp.reshape(count, (1,)).astype(jnp.int32)
+    if direct:
+        lists = (rows, jnp.pad(jnp.where(used, cols, 0), more), total)
+        kernel = functools.partial(_sdd_kernel, config=config)
+    else:
+        group_k, group_n = unit_k // bk, unit_n // bn
+        cols = jnp.where(used, cols, units_n * group_n)
+        full, counts = _full_units(
+            cols // group_n, rows[:slots] // group_k, units_n, units_k
+        )
+        edges = jnp.arange(units_n + 1, dtype=jnp.int32) * group_n
+        bounds = jnp.searchsorted(cols, edges, side="left").astype(jnp.int32)
+        lists = (rows, jnp.pad(cols, more), total, bounds, full, counts)
+        scratch.append(pltpu.VMEM((units_k, unit_k, unit_n), jnp.float32))
+        kernel = functools.partial(
+            _sdd_strips_kernel, groups=(group_k, group_n), config=config
+        )
+    # A float32 result is its own accumulator.
+    if jnp.dtype(dtype) != jnp.float32:
+        scratch.append(pltpu.VMEM((size, bk, bn), jnp.float32))
+    limit = sum(_bytes(s.shape, s.dtype) for s in scratch if len(s.shape) > 1)
+    limit += min(chunks, 2) * _bytes((size, bk, bn), dtype)
+    any_spec = pl.BlockSpec(memory_space=pl.ANY)
+    out = pl.pallas_call(
+        kernel,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=len(lists),
+            grid=(chunks, -(-x.shape[0] // tile_m)),
+            in_specs=[any_spec, any_spec],
+            out_specs=pl.BlockSpec(
+                (size, bk, bn),
+                lambda chunk, *_: (chunk, 0, 0),
+                pipeline_mode=pl.Buffered(min(chunks, 2)),
+            ),
+            scratch_shapes=scratch,
+        ),
+        out_shape=_out_shape((slots, bk, bn), dtype, x),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary"),
+            vmem_limit_bytes=limit + _VMEM_SLACK,
+        ),
+        interpret=interpret,
+        name="block_sparse_matmul_sdd",
+    )(*lists, x, dy)
+    return out
+
+
+def _sdd_kernel(
+    rows_ref,
+    cols_ref,
+    count_ref,
+    x_hbm,
+    dy_hbm,
+    out_ref,
+    x_ref,
+    dy_ref,
+    xt_ref,
+    x_sem,
+    dy_sem,
+    acc_ref=None,
+    *,
+    config,
+):
+    size, _, bn = out_ref.shape
+    acc_ref = out_ref if acc_ref is None else acc_ref
+    first, last, fresh = _sdd_range(count_ref, size)
+    now = _sdd_open(x_hbm, dy_hbm, x_ref, dy_ref, xt_ref, x_sem, dy_sem)
+    groups = pl.cdiv(last - first, config.unroll)
+
+    def step(group, carry):
+        for u in range(config.unroll):
+            slot = group * config.unroll + u
+            column = pl.multiple_of(cols_ref[first + slot] * bn, _LANES)
+            product = lax.dot_general(
+                xt_ref[rows_ref[first + slot]],
+                dy_ref[now, :, pl.ds(column, bn)],
+                (((1,), (0,)), ((), ())),
+                preferred_element_type=jnp.float32,
+            )
+            acc = jnp.where(fresh, 0.0, acc_ref[slot]) + product
+            acc = jnp.where(first + slot < last, acc, 0.0)
+            acc_ref[slot] = acc
+            if acc_ref is not out_ref:
+                out_ref[slot] = acc.astype(out_ref.dtype)
+        return carry
+
+    lax.fori_loop(0, groups, step, 0)
+    _zero_rest(out_ref, jnp.where(fresh, groups * config.unroll, size))
+
+
+def _sdd_strips_kernel(
+    rows_ref,
+    cols_ref,
+    count_ref,
+    bounds_ref,
+    full_ref,
+    counts_ref,
+    x_hbm,
+    dy_hbm,
+    out_ref,
+    x_ref,
+    dy_ref,
+    xt_ref,
+    x_sem,
+    dy_sem,
+    strip_ref,
+    acc_ref=None,
+    *,
+    groups,
+    config,
+):
+    size, bk, bn = out_ref.shape
+    units_k, unit_k, unit_n = strip_ref.shape
+    group_k, group_n = groups
+    acc_ref = out_ref if acc_ref is None else acc_ref
+    first, last, fresh = _sdd_range(count_ref, size)
+    now = _sdd_open(x_hbm, dy_hbm, x_ref, dy_ref, xt_ref, x_sem, dy_sem)
+
+    def column(unit, carry):
+        begin = jnp.maximum(bounds_ref[unit], first)
+        end = jnp.minimum(bounds_ref[unit + 1], last)
+        start = pl.multiple_of(unit * unit_n, _LANES)
+        count = jnp.where(begin < end, counts_ref[unit], 0)
+
+        def multiply(group, carry):
+            for u in range(config.unit_unroll):
+                entry = jnp.minimum(group * config.unit_unroll + u, count - 1)
+                index = full_ref[unit * units_k + entry]
+                strip_ref[index] = lax.dot_general(
+                    xt_ref[index],
+                    dy_ref[now, :, pl.ds(start, unit_n)],
+                    (((1,), (0,)), ((), ())),
+                    preferred_element_type=jnp.float32,
+                )
+            return carry
+
+        lax.fori_loop(0, pl.cdiv(count, config.unit_unroll), multiply, 0)
+
+        def cut(slot, carry):
+            row, col = rows_ref[slot], cols_ref[slot]
+            low = pl.multiple_of(lax.rem(row, group_k) * bk, 8)
+            piece = strip_ref[lax.div(row, group_k), pl.ds(low, bk)]
+            if group_n > 1:
+                # To the left by the block's place, by way of the right: shifts are
+                # not negative.
+                shift = lax.rem(unit_n - lax.rem(col, group_n) * bn, unit_n)
+                piece = pltpu.roll(piece, shift, 1)
+            acc = jnp.where(fresh, 0.0, acc_ref[slot - first]) + piece[:, :bn]
+            acc_ref[slot - first] = acc
+            if acc_ref is not out_ref:
+                out_ref[slot - first] = acc.astype(out_ref.dtype)
+            return carry
+
+        lax.fori_loop(begin, end, cut, 0)
+        return carry
+
+    lax.fori_loop(0, bounds_ref.shape[0] - 1, column, 0)
+    _zero_rest(out_ref, jnp.where(fresh, jnp.maximum(last - first, 0), size))
+
+
+def _sdd_range(count_ref, size):
+    """This chunk's first and last slot, and whether its first row tile is at work."""
+    first = pl.program_id(0) * size
+    last = jnp.minimum(count_ref[0], first + size)
+    return first, jnp.maximum(last, first), pl.program_id(1) == 0
+
+
+def _zero_rest(out_ref, start):
+    def zero(slot, carry):
+        out_ref[slot] = jnp.zeros(out_ref.shape[1:], out_ref.dtype)
+        return carry
+
+    lax.fori_loop(start, out_ref.shape[0], zero, 0)
+
+
+def _sdd_open(x_hbm, dy_hbm, x_ref, dy_ref, xt_ref, x_sem, dy_sem):
+    """Brings a row tile of x and dy, and lays x out transposed; returns the buffer."""
+    step, steps = pl.program_id(1), pl.num_programs(1)
+    rows, tile_m = x_hbm.shape[0], x_ref.shape[1]
+
+    def start(index):
+        buffer = lax.rem(index, 2)
+        window = _window(index, rows, tile_m)
+        pltpu.make_async_copy(
+            x_hbm.at[window], x_ref.at[buffer], x_sem.at[buffer]
+        ).start()
+        pltpu.make_async_copy(
+            dy_hbm.at[window], dy_ref.at[buffer], dy_sem.at[buffer]
+        ).start()
+
+    pl.when(step == 0)(lambda: start(step))
+    pl.when(step + 1 < steps)(lambda: start(step + 1))
+    now = lax.rem(step, 2)
+    _wait(x_ref.at[now], x_sem.at[now])
+    _wait(dy_ref.at[now], dy_sem.at[now])
+    units, unit, _ = xt_ref.shape
+    # Rows of the last tile that the one before it has counted already.
+    repeated = step * tile_m - jnp.minimum(step * tile_m, rows - tile_m)
+    for index in range(units):
+        tile = x_ref[now, :, index * unit : (index + 1) * unit].T
+        if rows % tile_m:
+            row = lax.broadcasted_iota(jnp.int32, tile.shape, 1)
+            zero = jnp.zeros((), tile.dtype)
+            tile = jnp.where(row >= repeated, tile, zero)
+        xt_ref[index] = tile
+    return now
+
+
+def _open_tile(x_hbm, x_ref, x_sem, y_ref, y_sem, tiles_out):
+    """Brings a row tile of x, frees a buffer of y; returns which buffers are in use."""
+    core, step, split = (pl.program_id(axis) for axis in range(3))
+    steps, splits = pl.num_programs(1), pl.num_programs(2)
+    rows, tile_m = x_hbm.shape[0], x_ref.shape[1]
+
+    def start(index):
+        buffer = lax.rem(index, 2)
+        pltpu.make_async_copy(
+            x_hbm.at[_window(core * steps + index, rows, tile_m)],
+            x_ref.at[buffer],
+            x_sem.at[buffer],
+        ).start()
+
+    x_now = lax.rem(step, 2)
+    pl.when((split == 0) & (step == 0))(lambda: start(step))
+    pl.when((split == 0) & (step + 1 < steps))(lambda: start(step + 1))
+    pl.when(split == 0)(lambda: _wait(x_ref.at[x_now], x_sem.at[x_now]))
+    done = step * splits + split
+    y_now = lax.rem(done, 2)
+    # The buffer was last filled two grid steps ago.
+    pl.when(done >= 2)(
+        lambda: _wait_panels(y_ref, y_sem, y_now, lax.rem(done - 2, splits), tiles_out)
+    )
+    return x_now, y_now
+
+
+def _close_tile(y_hbm, y_ref, y_sem, tiles_out):
+    """Sends this step's panels of y on their way; the last step waits for all."""
+    core, step, split = (pl.program_id(axis) for axis in range(3))
+    steps, splits = pl.num_programs(1), pl.num_programs(2)
+    _, columns, tile_m, side = y_ref.shape
+    done = step * splits + split
+    now = lax.rem(done, 2)
+    window = _window(core * steps + step, y_hbm.shape[0], tile_m)
+
+    def send(local):
+        column = pl.multiple_of((split * columns + local) * side, _LANES)
+        pltpu.make_async_copy(
+            y_ref.at[now, local], y_hbm.at[window, pl.ds(column, side)], y_sem.at[now]
+        ).start()
+
+    for local in range(columns):
+        if tiles_out % columns and local >= tiles_out % columns:
+            pl.when(split * columns + local < tiles_out)(functools.partial(send, local))
+        else:
+            send(local)
+
+    @pl.when(done == steps * splits - 1)
+    def _():
+        pl.when(done >= 1)(
+            lambda: _wait_panels(
+                y_ref, y_sem, 1 - now, lax.rem(done - 1, splits), tiles_out
+            )
+        )
+        _wait_panels(y_ref, y_sem, now, split, tiles_out)
+
+
+def _wait_panels(y_ref, y_sem, buffer, split, tiles_out):
+    """Waits for the panels that one grid step sent."""
+    columns = y_ref.shape[1]
+    if tiles_out % columns == 0:
+        _wait(y_ref.at[buffer], y_sem.at[buffer])
+        return
+
+    def wait(local, carry):
+        _wait(y_ref.at[buffer, local], y_sem.at[buffer])
+        return carry
+
+    lax.fori_loop(0, jnp.minimum(columns, tiles_out - split * columns), wait, 0)
+
+
+def _wait(ref, sem):
+    """Waits until as many bytes as ``ref`` has have arrived on ``sem``."""
+    pltpu.make_async_copy(ref, ref, sem).wait()
+
+
+def _window(index, rows, tile_m):
+    """Rows of a tile; the last one begins early enough to be whole."""
+    return pl.ds(
+        pl.multiple_of(jnp.minimum(index * tile_m, rows - tile_m), _SUBLANES), tile_m
+    )
+
+
+class _fetch:  # noqa: N801
+    """Where an inner step's blocks come from: VMEM, or copies made one step ahead."""
+
+    def __init__(self, blocks_ref, buffers, slots):
+        self.blocks_ref, self.buffers, self.slots = blocks_ref, buffers, slots
+
+    def start(self, group, groups):
+        """Starts the copies of a step's blocks, if there is such a step."""
+        if not self.buffers:
+            return
+        buffer_ref, sem = self.buffers
+        buffer = lax.rem(group, 2)
+
+        @pl.when(group < groups)
+        def _():
+            for u, slot in enumerate(self.slots(group)):
+                pltpu.make_async_copy(
+                    self.blocks_ref.at[slot], buffer_ref.at[buffer, u], sem.at[buffer]
+                ).start()
+
+    def take(self, group, groups):
+        """The blocks of a step, each to be read by a call."""
+        if not self.buffers:
+            return [
+                functools.partial(self.blocks_ref.__getitem__, slot)
+                for slot in self.slots(group)
+            ]
+        buffer_ref, sem = self.buffers
+        buffer = lax.rem(group, 2)
+        self.start(group + 1, groups)
+        _wait(buffer_ref.at[buffer], sem.at[buffer])
+        return [
+            functools.partial(buffer_ref.__getitem__, (buffer, u))
+            for u in range(buffer_ref.shape[1])
+        ]
+
+
+def _place(strip_ref, index, row, col, block):
+    """Writes a block at place (row, col) of a unit, in blocks; the rest stays."""
+    bk, bn = block.shape
+    unit_n = strip_ref.shape[2]
+    window = (index, pl.ds(pl.multiple_of(row * bk, 8), bk))
+    if bn == unit_n:
+        strip_ref[window] = block
+        return
+    # No store begins inside a register of 128 lanes: repeat the block over all of them
+    # and take the lanes that are its own. In float32, for which every chip can select.
+    wide = jnp.concatenate([block.astype(jnp.float32)] * (unit_n // bn), axis=1)
+    lane = lax.broadcasted_iota(jnp.int32, wide.shape, 1)
+    own = (lane >= col * bn) & (lane < (col + 1) * bn)
+    old = strip_ref[window].astype(jnp.float32)
+    strip_ref[window] = jnp.where(own, wide, old).astype(strip_ref.dtype)
+
+
+def _full_units(outer, inner, units_out, units_in):
+    """For each outer unit the inner ones that hold a block, and how many they are."""
+    holds = jnp.zeros((units_out, units_in), bool)
+    holds = holds.at[outer, inner].set(True, mode="drop")
+    full = jnp.argsort(~holds, axis=1, stable=True).astype(jnp.int32)
+    return full.reshape(-1), jnp.sum(holds, axis=1, dtype=jnp.int32)
+
+
+def _split(total, parts):
+    """(parts, size) with parts * size >= total and no part empty."""
+    size = -(-total // parts)
+    return -(-total // size), size
+
+
+def _row_chunks(tile_m, rows):
+    return [pl.ds(low, min(rows, tile_m - low)) for low in range(0, tile_m, rows)]
+
+
+def _pad(x, row_multiple, column_multiple):
+    """Zeros at the end of both axes up to the multiples; x itself where it fits."""
+    more = [
+        (0, -size % by)
+        for size, by in zip(x.shape, (row_multiple, column_multiple), strict=True)
+    ]
+    return jnp.pad(x, more) if any(high for _, high in more) else x
+
+
+def _out_shape(shape, dtype, x):
+    """The result's type: it varies over the mesh axes that x varies over."""
+    return jax.ShapeDtypeStruct(
+        shape, dtype, manual_axis_type=jax.typeof(x).manual_axis_type
+    )
+
+
+def _bytes(shape, dtype):
+    """Bytes of an array in VMEM, its last two axes padded to whole registers."""
+    *lead, rows, columns = shape
+    itemsize = jnp.dtype(dtype).itemsize
+    rows = -(-rows * itemsize // 32) * 32 // itemsize
+    columns = -(-columns // _LANES) * _LANES
+    return math.prod(lead) * rows * columns * itemsize
