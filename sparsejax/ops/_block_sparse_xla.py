@@ -33,9 +33,12 @@ def dsd(x, blocks, order, source, ptr, *, transpose):
     """
     side_in, side_out = blocks.shape[:0:-1] if transpose else blocks.shape[1:]
 
+    x_bits, b_bits = _bits(x), _bits(blocks)
+
     def product(p):
-        b = blocks[p if order is None else order[p]]
-        return _dot(_strip(x, source[p], side_in), b, (1, 1 if transpose else 0))
+        x_i = _cut(x_bits, source[p] * side_in, side_in, 1, x.dtype)
+        b = _cut(b_bits, p if order is None else order[p], 1, 0, blocks.dtype)[0]
+        return _dot(x_i, b, (1, 1 if transpose else 0))
 
     def column(step, y):
         j = columns[step]
@@ -43,11 +46,13 @@ def dsd(x, blocks, order, source, ptr, *, transpose):
         y_j = lax.fori_loop(
             first + 1, end, lambda p, y_j: y_j + product(p), product(first)
         )
-        return _put(y, y_j.astype(y.dtype), (0, j * side_out))
+        return lax.dynamic_update_slice(
+            y, _bits(y_j.astype(x.dtype)), (0, j * side_out)
+        )
 
     trips, columns = _occupied(ptr)
-    y = jnp.zeros((x.shape[0], columns.shape[0] * side_out), x.dtype)
-    return lax.fori_loop(0, trips, column, y)
+    y = _bits(jnp.zeros((x.shape[0], columns.shape[0] * side_out), x.dtype))
+    return _values(lax.fori_loop(0, trips, column, y), x.dtype)
 
 
 def sdd(x, dy, rows, cols, count, *, block_shape, dtype):
@@ -69,19 +74,19 @@ def sdd(x, dy, rows, cols, count, *, block_shape, dtype):
     # A product that contracts the rows of both operands runs at half the speed of a
     # plain one, so one of them is transposed beforehand: the smaller.
     x_first = x.shape[1] <= dy.shape[1]
-    transposed = (x if x_first else dy).T
+    x_bits, dy_bits = _bits(x), _bits(dy)
+    x_bits, dy_bits = (x_bits.T, dy_bits) if x_first else (x_bits, dy_bits.T)
 
     def write(p, blocks):
-        if x_first:
-            x_i = lax.dynamic_slice_in_dim(transposed, rows[p] * bk, bk, 0)
-            block = _dot(x_i, _strip(dy, cols[p], bn), (1, 0))
-        else:
-            dy_j = lax.dynamic_slice_in_dim(transposed, cols[p] * bn, bn, 0)
-            block = _dot(dy_j, _strip(x, rows[p], bk), (1, 0)).T
-        return _put(blocks, block.astype(dtype)[None], (p, 0, 0))
+        x_i = _cut(x_bits, rows[p] * bk, bk, 0 if x_first else 1, x.dtype)
+        dy_j = _cut(dy_bits, cols[p] * bn, bn, 1 if x_first else 0, dy.dtype)
+        block = _dot(x_i, dy_j, (1, 0)) if x_first else _dot(dy_j, x_i, (1, 0)).T
+        return lax.dynamic_update_slice(
+            blocks, _bits(block.astype(dtype)[None]), (p, 0, 0)
+        )
 
-    blocks = jnp.zeros((rows.shape[0], bk, bn), dtype)
-    return lax.fori_loop(0, count, write, blocks)
+    blocks = _bits(jnp.zeros((rows.shape[0], bk, bn), dtype))
+    return _values(lax.fori_loop(0, count, write, blocks), dtype)
 
 
 def prefers_dense(m, k, n, block_shape, slots, dtype):
@@ -124,13 +129,19 @@ def _dot(a, b, contracted):
     )
 
 
-def _strip(x, i, side):
-    """Column tile i of x: [m, side]."""
-    return lax.dynamic_slice_in_dim(x, i * side, side, 1)
+def _cut(bits, start, size, axis, dtype):
+    """``size`` rows or columns, from ``start`` on, of what ``_bits`` made."""
+    return _values(lax.dynamic_slice_in_dim(bits, start, size, axis), dtype)
 
 
-def _put(x, part, start):
-    return lax.dynamic_update_slice(x, part, start)
+def _bits(x):
+    """Bfloat16 as integers: to slice it, XLA's CPU compiler would widen all of it."""
+    return lax.bitcast_convert_type(x, jnp.uint16) if x.dtype == jnp.bfloat16 else x
+
+
+def _values(bits, dtype):
+    """The inverse of ``_bits``."""
+    return lax.bitcast_convert_type(bits, dtype) if dtype == jnp.bfloat16 else bits
 
 
 def _occupied(ptr):
