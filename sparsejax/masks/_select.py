@@ -10,6 +10,7 @@ passes over the data replace a sort, and only scalars cross shards.
 import math
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
@@ -147,6 +148,22 @@ def nm_mask(
     return (rank < n).reshape(scores.shape)
 
 
+def count_true(mask: Bool[Array, "..."]) -> Int[Array, ""]:
+    """Number of True entries, as an int32 scalar."""
+
+    def on_cpu(mask):
+        # A full sum in int32 first writes the array out four times as wide on CPU;
+        # a short first sum in int8 does not, and is four times as fast.
+        flat = mask.astype(jnp.int8).reshape(16, -1)
+        return jnp.sum(jnp.sum(flat, axis=0, dtype=jnp.int8), dtype=jnp.int32)
+
+    total = lambda mask: jnp.sum(mask, dtype=jnp.int32)
+    # An axis that is sharded explicitly cannot be reshaped without saying where to.
+    if mask.size % 16 or any(jax.typeof(mask).sharding.spec):
+        return total(mask)
+    return lax.platform_dependent(mask, cpu=on_cpu, default=total)
+
+
 def _ordered_keys(scores: Any) -> Any:
     """Unsigned integers ordered as the scores are; NaN is 1, nothing is 0."""
     bits = {2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint64}.get(scores.dtype.itemsize)
@@ -185,7 +202,7 @@ def _threshold(keys: Any, count: Any, limit: int) -> tuple[Any, Any, Any]:
     only meant where the first count exceeds `count`. Where fewer than `count` keys
     are positive, t is 1.
     """
-    counted = lambda t: jnp.sum(keys >= t, dtype=jnp.int32)
+    counted = lambda t: count_true(keys >= t)
     one = jnp.ones((), keys.dtype)
     guesses = _bracket_from_sample(keys, count, limit)
 
