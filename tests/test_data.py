@@ -1,25 +1,15 @@
 """The examples' text pipeline: split, order, position, refusals."""
 
-import importlib.util
+import importlib
 import pathlib
 import sys
 
 import numpy as np
 import pytest
 
-EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
-
-
-def load(name):
-    """Imports an example file as the module it is for its neighbours."""
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
-        sys.modules[name] = module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    return sys.modules[name]
-
-
-_data = load("_data")
+# Examples are scripts: their neighbours are modules beside them.
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "examples"))
+_data = importlib.import_module("_data")
 
 
 @pytest.fixture

@@ -1,0 +1,111 @@
+"""The decoder-only transformer of ``pretrain_lm.py``: bytes in, logits out.
+
+Pre-norm, rotary positions, squared ReLU. Only the feed-forward weights are ever sparse;
+everything else is Flax as it comes. Shapes: B sequences, T bytes, d features, H heads.
+"""
+
+from typing import Any
+
+import _data
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+import sparsejax.nnx
+
+
+def rotate(x: jax.Array) -> jax.Array:
+    """Rotary positions: turns each pair of features by an angle that grows with t."""
+    t, half = x.shape[1], x.shape[-1] // 2
+    angle = np.arange(t)[:, None] * 10_000 ** (-np.arange(half) / half)  # (T, half)
+    cos, sin = (jnp.asarray(f(angle)[:, None], x.dtype) for f in (np.cos, np.sin))
+    a, b = x[..., :half], x[..., half:]  # (B, T, H, half)
+    return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1)
+
+
+class Attention(nnx.Module):
+    """Causal self-attention with rotary positions."""
+
+    def __init__(self, config: Any, *, rngs: nnx.Rngs):
+        d, dtype = config.width, jnp.dtype(config.dtype)
+        linear = lambda n: nnx.Linear(d, n, use_bias=False, dtype=dtype, rngs=rngs)
+        self.heads = config.heads
+        self.qkv, self.out = linear(3 * d), linear(d)
+
+    def __call__(self, x):
+        """(B, T, d) -> (B, T, d)."""
+        b, t, d = x.shape
+        qkv = self.qkv(x).reshape(b, t, 3, self.heads, d // self.heads)
+        q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]  # (B, T, H, d / H)
+        y = jax.nn.dot_product_attention(rotate(q), rotate(k), v, is_causal=True)
+        return self.out(y.reshape(b, t, d))
+
+
+class Mlp(nnx.Module):
+    """Feed-forward layer with squared ReLU: where the sparsity is."""
+
+    def __init__(self, config: Any, implementation: str | None, *, rngs: nnx.Rngs):
+        d, f, dtype = config.width, config.ffn_width, jnp.dtype(config.dtype)
+        if config.ffn == "block_sparse":
+            linear = lambda k, n: sparsejax.nnx.BlockSparseLinear(
+                k,
+                n,
+                block_shape=(config.block, config.block),
+                sparsity=config.sparsity,
+                use_bias=False,
+                dtype=dtype,
+                implementation=implementation,
+                rngs=rngs,
+            )
+        else:  # a masked layer is a dense one whose optimizer keeps zeros
+            linear = lambda k, n: nnx.Linear(
+                k, n, use_bias=False, dtype=dtype, rngs=rngs
+            )
+        self.up, self.down = linear(d, f), linear(f, d)
+
+    def __call__(self, x):
+        """(B, T, d) -> (B, T, d), by (B, T, ffn_width)."""
+        return self.down(jnp.square(jax.nn.relu(self.up(x))))
+
+
+class Block(nnx.Module):
+    """Pre-norm attention, then pre-norm feed-forward."""
+
+    def __init__(self, config: Any, implementation: str | None, *, rngs: nnx.Rngs):
+        d, dtype = config.width, jnp.dtype(config.dtype)
+        self.norm1 = nnx.RMSNorm(d, dtype=dtype, rngs=rngs)
+        self.attention = Attention(config, rngs=rngs)
+        self.norm2 = nnx.RMSNorm(d, dtype=dtype, rngs=rngs)
+        self.mlp = Mlp(config, implementation, rngs=rngs)
+
+    def __call__(self, x):
+        """(B, T, d) -> (B, T, d)."""
+        x = x + self.attention(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class Transformer(nnx.Module):
+    """Bytes in, logits over the next byte out."""
+
+    def __init__(self, config: Any, implementation: str | None, *, rngs: nnx.Rngs):
+        d, dtype = config.width, jnp.dtype(config.dtype)
+        self.remat = config.remat
+        self.embed = nnx.Embed(_data.VOCABULARY, d, dtype=dtype, rngs=rngs)
+        self.blocks = nnx.List(
+            Block(config, implementation, rngs=rngs) for _ in range(config.layers)
+        )
+        self.norm = nnx.RMSNorm(d, dtype=dtype, rngs=rngs)
+        self.head = nnx.Linear(
+            d, _data.VOCABULARY, use_bias=False, dtype=dtype, rngs=rngs
+        )
+
+    def __call__(self, tokens):
+        """Integers (B, T) -> float32 (B, T, 256)."""
+        x = self.embed(tokens)  # (B, T, d)
+        apply = lambda block, x: block(x)
+        if self.remat:  # keep one (B, T, d) per block for the backward pass
+            apply = nnx.remat(apply)
+        for block in self.blocks:
+            x = apply(block, x)
+        return self.head(self.norm(x)).astype(jnp.float32)  # (B, T, 256)

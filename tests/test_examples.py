@@ -1,0 +1,275 @@
+"""The main job in small: every feed-forward, kill and resume, programs, refusals."""
+
+import dataclasses
+import importlib
+import json
+import math
+import os
+import pathlib
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import chex
+import jax
+import numpy as np
+import pytest
+
+from sparsejax import checkpoint
+
+ROOT = pathlib.Path(__file__).parents[1]
+# Examples are scripts: their neighbours are modules beside them.
+sys.path.insert(0, str(ROOT / "examples"))
+pretrain_lm = importlib.import_module("pretrain_lm")
+
+# 10% of 20 blocks. No other array of these programs has as many entries as a
+# feed-forward weight has, or would have: 64 x 320.
+WIDTH, FFN_WIDTH, BLOCK = 64, 320, 32
+SMALL = (
+    f"--width {WIDTH} --ffn-width {FFN_WIDTH} --block {BLOCK} --heads 2 --layers 1 "
+    "--batch 3 --length 20 --eval-batches 1 --every 2"
+).split()
+
+
+@pytest.fixture
+def text(tmp_path):
+    """A small text, so that nobody reads 30 MB."""
+    path = tmp_path / "text.txt"
+    words = random.Random(0).choices(["sparse", "dense", "block", "mask"], k=3000)
+    path.write_text(" ".join(words))
+    return str(path)
+
+
+@pytest.fixture
+def run(text, tmp_path):
+    """Runs the script's main in this process."""
+
+    def run(*flags, out="out"):
+        return pretrain_lm.main(
+            [*SMALL, "--data", text, "--out", str(tmp_path / out), *map(str, flags)]
+        )
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--ffn", "dense"),
+        ("--ffn", "masked", "--updater", "rigl"),
+        ("--ffn", "masked", "--updater", "gradual_magnitude"),
+        ("--ffn", "block_sparse", "--updater", "set"),
+    ],
+    ids=lambda flags: "-".join(flags[1::2]),
+)
+def test_five_steps(run, tmp_path, flags):
+    (one,) = run("--steps", 5, *flags)
+    assert one.step == 5 and math.isfinite(one.validation)
+    out = tmp_path / "out"
+    lines = (out / f"{one.name}.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [2, 4, 5]
+    (row,) = json.loads((out / "summary.json").read_text())
+    assert row["validation_bits_per_byte"] == one.validation
+    assert row["density"] == pytest.approx(1 if "dense" in flags else 0.1, abs=1e-3)
+    assert (out / "loss.png").stat().st_size > 10_000
+    assert (out / "topology.png").exists() == ("dense" not in flags)
+
+
+def test_side_by_side_compiles_once_and_moves_blocks(run, capsys):
+    pretrain_lm.TRACES.clear()
+    dense, sparse = run("--compare", "dense,block_sparse", "--steps", 9)
+    # Two models, of which one has a topology that moves.
+    assert pretrain_lm.TRACES == {"train_step": 2, "evaluate": 2, "topology_step": 1}
+
+    after = pretrain_lm._report.topology_of(sparse.state, sparse.config)
+    assert after.keys() == {"layer 0 up", "layer 0 down"}
+    for name, before in sparse.first_topology.items():
+        assert before.sum() == after[name].sum() == 2
+    assert any((after[name] != sparse.first_topology[name]).any() for name in after)
+
+    table = capsys.readouterr().out
+    for words in (
+        "bits per byte",
+        "stored parameters",
+        "MFLOPs per token",
+        "amortized",
+    ):
+        assert words in table
+    weights = 2 * WIDTH * FFN_WIDTH
+    rows = [pretrain_lm._report.summarize(one) for one in (dense, sparse)]
+    stored = [row["stored_parameters"] for row in rows]
+    assert stored[0] - stored[1] == weights - weights // 10
+    flops = [row["flops_per_token"] for row in rows]
+    assert flops[0] - flops[1] == 6 * (weights - weights // 10)
+    # Both saw the same bytes in the same order.
+    assert dense.batches.get_state() == sparse.batches.get_state()
+
+
+def small_config(**changes):
+    args = pretrain_lm.parse([*SMALL, "--steps", "8"])
+    (config,) = pretrain_lm.configure(args).values()
+    return dataclasses.replace(config, **changes)
+
+
+def arrays_in(jaxpr):
+    """Every array of a jaxpr and of the jaxprs inside it."""
+    yield from (v.aval for v in [*jaxpr.invars, *jaxpr.constvars])
+    for equation in jaxpr.eqns:
+        yield from (v.aval for v in equation.outvars)
+        for inner in jax.tree.leaves(
+            list(equation.params.values()),
+            is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr"),
+        ):
+            inner = getattr(inner, "jaxpr", inner)
+            if hasattr(inner, "eqns"):
+                yield from arrays_in(inner)
+
+
+@pytest.mark.parametrize("ffn", ["dense", "block_sparse"])
+def test_train_step_holds_no_weight_of_a_sparse_layer(ffn):
+    config = small_config(ffn=ffn, updater="none" if ffn == "dense" else "rigl")
+    programs = pretrain_lm.build(config, pretrain_lm.make_mesh("data=1"))
+    traced = programs.train_step.trace(programs.state, programs.batch)
+    sizes = {math.prod(aval.shape) for aval in arrays_in(traced.jaxpr.jaxpr)}
+    assert (WIDTH * FFN_WIDTH in sizes) == (ffn == "dense")
+    # Nor has XLA made one of it.
+    compiled = traced.lower().compile().as_text()
+    shapes = re.findall(r"[a-z]\w*\[([\d,]+)\]", compiled)
+    sizes = {math.prod(map(int, shape.split(","))) for shape in shapes}
+    assert (WIDTH * FFN_WIDTH in sizes) == (ffn == "dense")
+
+
+@pytest.mark.parametrize("shape", ["data=2", "fsdp=2", "data=2,fsdp=2"])
+def test_a_mesh_computes_the_same(shape):
+    config = small_config(batch=4)
+    batch = np.random.default_rng(0).integers(0, 256, (4, 21)).astype(np.uint8)
+
+    def step(mesh):
+        programs = pretrain_lm.build(config, pretrain_lm.make_mesh(mesh))
+        state = programs.init(jax.random.key(0))
+        state, loss = programs.train_step(state, batch)
+        return programs.topology_step(state, batch), loss
+
+    (one, one_loss), (many, many_loss) = step("data=1"), step(shape)
+    np.testing.assert_allclose(one_loss, many_loss, rtol=1e-5)
+    # The same blocks moved: scores are norms of the gradient over all devices.
+    chex.assert_trees_all_equal(
+        jax.tree.map(np.asarray, one.layouts), jax.tree.map(np.asarray, many.layouts)
+    )
+    # AdamW's first step divides by the gradient's own size: compare where it is not
+    # rounding noise.
+    chex.assert_trees_all_close(
+        jax.tree.map(np.asarray, one.params),
+        jax.tree.map(np.asarray, many.params),
+        atol=2e-4,
+    )
+    kernel = jax.tree.leaves(many.params)[-1]
+    assert kernel.sharding.is_fully_replicated == ("fsdp" not in shape)
+
+
+@pytest.mark.parametrize("flags", [("--ffn", "block_sparse"), ("--ffn", "masked")])
+def test_killed_and_resumed_is_bit_identical(run, text, tmp_path, flags):
+    flags = (*flags, "--steps", 300, "--every", 7, "--log-every", 20)
+    (whole,) = run(*flags, out="whole")
+
+    folder = tmp_path / "checkpoints"
+    flags = (*flags, "--checkpoint-dir", folder, "--checkpoint-every", 5)
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "examples" / "pretrain_lm.py"]
+        + [*SMALL, "--data", text, "--out", str(tmp_path / "out"), *map(str, flags)],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.DEVNULL,
+    )
+    # A moment that differs from test to test: after a random checkpoint, then some.
+    until = random.randrange(5, 200)
+    while process.poll() is None:
+        if (checkpoint.latest_step(folder / whole.name) or 0) >= until:
+            time.sleep(random.random() * 0.1)
+            break
+        time.sleep(0.005)
+    assert process.poll() is None, "it ended before it could be killed"
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+    (resumed,) = run(*flags, "--resume")
+    assert [r["step"] for r in resumed.log.records] == [*range(20, 301, 20)]
+    data = lambda state: jax.tree.map(
+        np.asarray, state._replace(key=jax.random.key_data(state.key))
+    )
+    chex.assert_trees_all_equal(data(resumed.state), data(whole.state))
+    assert resumed.batches.get_state() == whole.batches.get_state()
+
+
+def test_checkpoints_of_another_run_are_refused_and_kept(run, text, tmp_path):
+    folder = tmp_path / "checkpoints"
+    run("--ffn", "dense", "--steps", 4, "--checkpoint-dir", folder)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    again = ("--ffn", "dense", "--checkpoint-dir", folder)
+    with pytest.raises(ValueError, match=r"--checkpoint-dir: got .* at step 4; needed"):
+        run(*again, "--steps", 4)
+    with pytest.raises(ValueError, match="steps: got 4, needed 6"):
+        run(*again, "--steps", 6, "--resume")
+    with pytest.raises(ValueError, match=r"data: got '\w+', needed '\w+'"):
+        pathlib.Path(text).write_text("another text" * 100)
+        run(*again, "--steps", 4, "--resume")
+    del before[pathlib.Path(text)]
+    assert all(path.read_bytes() == was for path, was in before.items())
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--sparsity 1.5", "--sparsity: got 1.5, needed 0 to 1"),
+        ("--data none.txt", "--data: got none.txt, which is not there, needed"),
+        ("--every 9 --steps 8", "--every: got 9, needed at most 6"),
+        ("--updater gradual_magnitude", "--updater: got .*needed one of rigl, static"),
+        ("--ffn masked --updater none", "--updater: got none, needed one of"),
+        (
+            "--compare dense,spars",
+            "--compare: got 'spars', needed one of dense, masked",
+        ),
+        ("--mesh model=2", "--mesh: got 'model=2', needed such as"),
+        ("--mesh data=99", "--mesh: got data=99, 99 devices, needed at most the"),
+        ("--mesh data=2", "--batch: got 3, needed a multiple of 2"),
+        ("--heads 3", "--width: got 64, needed a multiple of"),
+        ("--steps 0", "--steps: got 0, needed at least 1"),
+        ("--log-every 0", "--log-every: got 0, needed at least 1"),
+        ("--resume", "--resume: got no --checkpoint-dir"),
+    ],
+)
+def test_bad_flags_are_named_before_anything_is_written(run, tmp_path, flags, message):
+    with pytest.raises(ValueError, match=message):
+        run(*flags.split())
+    assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
+
+
+@pytest.mark.parametrize("flag", ["--implementation", "--ffn", "--preset"])
+def test_unknown_choices_are_named(run, capsys, flag):
+    with pytest.raises(SystemExit):
+        run(flag, "bogus")
+    assert re.search(
+        rf"{flag}: invalid choice: '?bogus.*choose", capsys.readouterr().err
+    )
+
+
+def test_refusals_are_one_line_for_the_user(text, tmp_path):
+    found = subprocess.run(
+        [sys.executable, ROOT / "examples" / "pretrain_lm.py", "--sparsity", "2"],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert found.returncode == 1
+    assert found.stderr == "pretrain_lm.py: --sparsity: got 2.0, needed 0 to 1\n"
+
+
+def test_every_flag_has_help(capsys):
+    with pytest.raises(SystemExit):
+        pretrain_lm.parse(["--help"])
+    text = capsys.readouterr().out
+    for field in dataclasses.fields(pretrain_lm.Config):
+        assert f"--{field.name.replace('_', '-')}" in text, field.name
