@@ -84,8 +84,10 @@ def _call(operands, body, *, name, out_type, programs, warpgroups, interpret):
     kwargs = {}
     if interpret:
         # Simulates the warpgroups, TMA and barriers on the CPU; not in jax 0.10.
-        on = interpret is True
-        kwargs["interpret"] = plgpu.InterpretGPUParams() if on else interpret
+        if interpret is True:
+            # pyrefly: ignore[missing-attribute]
+            interpret = plgpu.InterpretGPUParams()
+        kwargs["interpret"] = interpret
     if warpgroups > 1:
         kwargs.update(num_threads=warpgroups + 1, thread_name="warpgroup")
     kernel = plgpu.kernel(

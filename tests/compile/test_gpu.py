@@ -1,0 +1,179 @@
+"""The Hopper kernels through the chips' own compiler, without the chips.
+
+Run where the CUDA plugin is installed (see _gpu.py), with SPARSEJAX_COMPILE=gpu.
+"""
+
+import dataclasses
+import pathlib
+import sys
+
+import jax
+import pytest
+from jax import numpy as jnp
+
+from pallas_kernels.block_sparse_matmul import _spec, mosaic_gpu
+
+# pytest's importlib mode does not put the folder of a test on the path.
+sys.path.append(str(pathlib.Path(__file__).parent))
+import _gpu  # noqa: E402
+
+KERNELS = {
+    "dsd": "block_sparse_matmul_dsd",
+    "dsd_transposed": "block_sparse_matmul_dsd_transposed",
+    "sdd": "block_sparse_matmul_sdd",
+}
+SIZE = 4096
+# 10% of the 32 x 32 places, and half of them: short lists and long ones.
+CANONICAL = _spec.Problem(
+    op="dsd",
+    m=SIZE,
+    k=SIZE,
+    n=SIZE,
+    block_shape=(128, 128),
+    slots=102,
+    dtype="bfloat16",
+    out_dtype="bfloat16",
+)
+
+
+def kernel(problem, chip="h200", **changes):
+    """A kernel's call and the shapes of its arguments."""
+    _spec.check_mosaic_gpu(problem, chip)
+    config = dataclasses.replace(_spec.config_mosaic_gpu(problem, chip), **changes)
+    (bk, bn), slots = problem.block_shape, problem.slots
+
+    def array(*shape, dtype=problem.dtype):
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    def index(*shape):
+        return array(*shape, dtype=jnp.int32)
+
+    x, dy = array(problem.m, problem.k), array(problem.m, problem.n)
+    blocks, entries = array(slots, bk, bn), index(slots)
+    if problem.op == "dsd":
+
+        def call(x, blocks, source, ptr):
+            return mosaic_gpu.dsd(
+                x, blocks, None, source, ptr, transpose=False, config=config
+            )
+
+        return call, (x, blocks, entries, index(problem.n // bn + 1))
+    if problem.op == "dsd_transposed":
+
+        def call(dy, blocks, order, source, ptr):
+            return mosaic_gpu.dsd(
+                dy, blocks, order, source, ptr, transpose=True, config=config
+            )
+
+        return call, (dy, blocks, entries, entries, index(problem.k // bk + 1))
+
+    def call(x, dy, rows, cols, count):
+        return mosaic_gpu.sdd(
+            x,
+            dy,
+            rows,
+            cols,
+            count,
+            block_shape=problem.block_shape,
+            dtype=problem.out_dtype,
+            config=config,
+        )
+
+    return call, (x, dy, entries, entries, index())
+
+
+# A kernel already compiled for the same architecture is not given to ptxas again.
+_reports = {}
+
+
+def compiled(capfd, chip, problem, **changes):
+    """Compiles a kernel; returns the text of its lowering and ptxas's report."""
+    capfd.readouterr()
+    lowered, _ = _gpu.compile_for(chip, *kernel(problem, **changes))
+    text = lowered.as_text()
+    report = _gpu.ptxas_report("\n".join(capfd.readouterr()))
+    key = _gpu.CHIPS[chip].capability, text
+    if report.registers:
+        _reports[key] = report
+    return text, _reports[key]
+
+
+@pytest.mark.parametrize("slots", [102, 512])
+@pytest.mark.parametrize("op", KERNELS)
+@pytest.mark.parametrize("chip", ["h100", "h200"])
+def test_canonical(chip, op, slots, capfd):
+    problem = dataclasses.replace(CANONICAL, op=op, slots=slots)
+    text, report = compiled(capfd, chip, problem)
+    assert KERNELS[op] in text
+    assert report.clean, report
+
+
+def _sweep():
+    blocks = [
+        (16, 16),
+        (32, 32),
+        (64, 64),
+        (128, 128),
+        (256, 256),
+        (16, 256),
+        (32, 64),
+        (128, 256),
+        (256, 128),
+        (48, 80),
+        (96, 112),
+        (208, 176),
+    ]
+    for number, (bk, bn) in enumerate(blocks):
+        for op in KERNELS:
+            # Few rows and short lists, then many rows and long lists; by turns the
+            # other dtype, and for dW the output that master weights take.
+            for m, slots, dtype in [(200, 17, "float16"), (SIZE, 192, "bfloat16")]:
+                wide = op == "sdd" and number % 2 == (m == SIZE)
+                yield _spec.Problem(
+                    op=op,
+                    m=m,
+                    k=16 * bk,
+                    n=16 * bn,
+                    block_shape=(bk, bn),
+                    slots=slots,
+                    dtype=dtype,
+                    out_dtype="float32" if wide else dtype,
+                )
+
+
+def _name(problem):
+    bk, bn = problem.block_shape
+    return f"{problem.op}-{bk}x{bn}-m{problem.m}-{problem.dtype}-{problem.out_dtype}"
+
+
+@pytest.mark.parametrize("problem", list(_sweep()), ids=_name)
+def test_sweep(problem, capfd):
+    _, report = compiled(capfd, "h200", problem)
+    assert report.clean, report
+
+
+@pytest.mark.parametrize("m", [1, 77])
+@pytest.mark.parametrize("op", KERNELS)
+def test_ragged_rows(op, m, capfd):
+    problem = dataclasses.replace(CANONICAL, op=op, m=m, k=512, n=512, slots=9)
+    _, report = compiled(capfd, "h200", problem)
+    assert report.clean, report
+
+
+def test_the_report_sees_spills(capfd):
+    # A warpgroup has no registers for 256 x 128 of accumulator.
+    _, report = compiled(capfd, "h200", CANONICAL, tile_m=256, warpgroups=1, stages=2)
+    assert report.registers and report.spilled and not report.clean
+
+
+@pytest.mark.parametrize("chip", ["a100", "b200"])
+def test_other_chips_are_refused(chip):
+    # The compiler refuses them as well: check asks for no more than it must.
+    with pytest.raises(NotImplementedError, match=f"chip is {chip}"):
+        _spec.check_mosaic_gpu(CANONICAL, chip)
+    # Its own number of rows: what was compiled before for another chip may be reused.
+    problem = dataclasses.replace(
+        CANONICAL, m=SIZE + 8 * _gpu.CHIPS[chip].capability[0]
+    )
+    with pytest.raises(Exception, match=r"\S"):
+        _gpu.compile_for(chip, *kernel(problem))

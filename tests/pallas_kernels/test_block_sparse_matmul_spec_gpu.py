@@ -1,0 +1,96 @@
+"""What the Hopper kernels refuse, as a literal table, and the tiles they get."""
+
+import dataclasses
+import itertools
+import re
+
+import pytest
+
+from pallas_kernels.block_sparse_matmul import _spec
+
+GOOD = _spec.Problem(
+    op="dsd",
+    m=4096,
+    k=4096,
+    n=4096,
+    block_shape=(128, 128),
+    slots=102,
+    dtype="bfloat16",
+    out_dtype="bfloat16",
+)
+
+REFUSED = [
+    (
+        dict(block_shape=(8, 16), k=4096),
+        "h200",
+        "block_shape has bk=8, needs a multiple of 16 from 16 to 256",
+    ),
+    (
+        dict(block_shape=(16, 24), n=24 * 4),
+        "h200",
+        "block_shape has bn=24, needs a multiple of 16 from 16 to 256",
+    ),
+    (
+        dict(block_shape=(512, 128)),
+        "h200",
+        "block_shape has bk=512, needs a multiple of 16 from 16 to 256",
+    ),
+    (
+        dict(dtype="float32", out_dtype="float32"),
+        "h200",
+        "dtype is float32, needs bfloat16 or float16",
+    ),
+    (
+        dict(out_dtype="float32"),
+        "h200",
+        "out_dtype is float32 for dsd, needs bfloat16",
+    ),
+    (
+        dict(op="dsd_transposed", dtype="float16"),
+        "h200",
+        "out_dtype is bfloat16 for dsd_transposed, needs float16",
+    ),
+    (
+        dict(op="sdd", dtype="float16"),
+        "h200",
+        "out_dtype is bfloat16 for sdd, needs float16 or float32",
+    ),
+    (dict(m=0), "h200", "m is 0, needs at least 1"),
+    ({}, "a100", "chip is a100, needs a Hopper GPU (h100, h200)"),
+    ({}, "b200", "chip is b200, needs a Hopper GPU (h100, h200)"),
+]
+
+
+@pytest.mark.parametrize(("changes", "chip", "needs"), REFUSED, ids=lambda p: str(p))
+def test_refuses(changes, chip, needs):
+    problem = dataclasses.replace(GOOD, **changes)
+    with pytest.raises(NotImplementedError, match=re.escape(f"mosaic_gpu: {needs}")):
+        _spec.check_mosaic_gpu(problem, chip)
+
+
+SIDES = range(16, 257, 16)
+
+
+@pytest.mark.parametrize("op", ["dsd", "dsd_transposed", "sdd"])
+@pytest.mark.parametrize("m", [1, 100, 8192])
+def test_every_block_gets_tiles_that_fit(op, m):
+    for bk, bn, slots in itertools.product(SIDES, SIDES, [1, 4, 64]):
+        out_dtype = "float32" if op == "sdd" else "bfloat16"
+        problem = _spec.Problem(
+            op, m, 8 * bk, 8 * bn, (bk, bn), slots, "bfloat16", out_dtype
+        )
+        for chip in None, "h100", "h200":
+            _spec.check_mosaic_gpu(problem, chip)
+        config = _spec.config_mosaic_gpu(problem, None)
+        side_in, side_out = (bk, bn) if op == "dsd" else (bn, bk)
+        if op == "sdd":
+            side_out = bn
+        else:
+            assert side_in % config.tile_k == 0
+        assert config.tile_k % 16 == 0
+        # wgmma's rows, and what a warpgroup can hold in registers.
+        rows = config.tile_m // config.warpgroups
+        assert rows % 64 == 0 and rows * side_out <= 128 * 128
+        stage = 2 * config.tile_k * (config.tile_m + side_out)
+        assert config.stages >= 2
+        assert config.stages * config.unroll * stage <= 227 * 1024
