@@ -12,6 +12,7 @@ from sparsejax.masks._distribution import uniform as uniform
 from sparsejax.masks._paths import match_names as match_names
 from sparsejax.masks._paths import named_leaves as named_leaves
 from sparsejax.masks._paths import path_name as path_name
+from sparsejax.masks._select import count_true as count_true
 from sparsejax.masks._select import nm_mask as nm_mask
 from sparsejax.masks._select import topk_mask as topk_mask
 from sparsejax.masks._tree import DensityReport as DensityReport
@@ -23,6 +24,7 @@ __all__ = (
     "DensityReport",
     "apply_masks",
     "check_density",
+    "count_true",
     "density",
     "erdos_renyi",
     "exact_count",
