@@ -91,6 +91,9 @@ class Config:
 # Shared memory that one program can ask for, and what its barriers may take of it.
 _HOPPER_SMEM = 232_448
 _HOPPER_BARRIERS = 1_024
+# Entries of the accumulator that a warpgroup holds without spills, by ptxas.
+_HOPPER_ACCUMULATOR = 192 * 128
+_HOPPER_MULTIPROCESSORS = 132
 
 
 def check_mosaic_gpu(problem: Problem, chip: str | None) -> None:
@@ -125,15 +128,19 @@ def check_mosaic_gpu(problem: Problem, chip: str | None) -> None:
 
 
 def config_mosaic_gpu(problem: Problem, chip: str | None) -> Config:
-    """Picks the tiles of the Hopper kernels; h100 and h200 differ in memory only."""
+    """Picks the tiles of the Hopper kernels; h100 and h200 differ in memory only.
+
+    By reasoning on traffic, registers and shared memory, not yet by measurement. What
+    limits these kernels is L2: a piece of x is used for one block's columns only, so
+    the tile is as tall as registers allow, for blocks to be read less often.
+    """
     del chip
     bk, bn = problem.block_shape
     if problem.op == "sdd":
         return _sdd_config_mosaic_gpu(problem.m, bk, bn, problem.out_dtype)
+    m = problem.m
     side_in, side_out = (bk, bn) if problem.op == "dsd" else (bn, bk)
     tiles_out = (problem.n if problem.op == "dsd" else problem.k) // side_out
-    # One warpgroup holds 128 x 128 of the accumulator in registers, not more.
-    rows = 64 if side_out > 128 or problem.m <= 64 else 128
     # The pieces of a block: as wide as the swizzle likes it, at most about 64.
     pieces = [d for d in range(16, side_in + 1, 16) if side_in % d == 0]
     narrow = [d for d in pieces if d <= 64]
@@ -141,41 +148,45 @@ def config_mosaic_gpu(problem: Problem, chip: str | None) -> Config:
         narrow = [d for d in pieces if d <= 128]
     tile_k = max(narrow, key=lambda d: (math.gcd(d, 64), d))
     unroll = max(1, 64 // tile_k)
-    # Long lists pay a program of its own for the copies; short ones are better off
-    # with several small programs per multiprocessor, which hide each other's ends.
-    length = problem.slots * side_in / max(tiles_out, 1)
-    warpgroups = 2 if length >= 1024 and problem.m >= 4 * rows else 1
-    tile_m = rows * warpgroups
-    stages = _stages_mosaic_gpu(
-        2 * unroll * tile_k * (tile_m + side_out),
-        tile_m * math.gcd(side_out, 64) * 2,
-        warpgroups,
-    )
-    return Config(
-        tile_m=tile_m,
-        unroll=unroll,
-        stages=stages,
-        tile_k=tile_k,
-        warpgroups=warpgroups,
-    )
+    piece = 2 * unroll * tile_k
+
+    tallest = min(256, _HOPPER_ACCUMULATOR // side_out // 64 * 64)
+    # Long lists pay a warpgroup of its own for the copies. Short ones are better off
+    # with several programs per multiprocessor, which hide each other's ends.
+    if problem.slots * side_in / max(tiles_out, 1) >= 1024 and m >= 512:
+        tile_m = 2 * min(128, tallest)
+        out = tile_m * math.gcd(side_out, 64) * 2
+        stages = _stages_mosaic_gpu(piece * (tile_m + side_out), out, 2)
+        return Config(tile_m, unroll, stages, tile_k=tile_k, warpgroups=2)
+
+    def suits(tile_m):
+        fits = _stages_mosaic_gpu(piece * (tile_m + side_out), 0, 1) >= 2
+        return fits and -(-m // tile_m) * tiles_out >= 2 * _HOPPER_MULTIPROCESSORS
+
+    tile_m = next(filter(suits, range(tallest, 64, -64)), 64)
+    stages = max(2, _stages_mosaic_gpu(piece * (tile_m + side_out), 0, 1))
+    return Config(tile_m, unroll, stages, tile_k=tile_k)
 
 
 def _sdd_config_mosaic_gpu(m: int, bk: int, bn: int, out_dtype: str) -> Config:
-    itemsize = 4 if out_dtype == "float32" else 2
-    warpgroups = 2 if bk > 64 and m >= 1024 else 1
-    tile_m = 128 if bk > 64 and (bn <= 128 or warpgroups == 2) else 64
     tile_k = 64
-    stages = _stages_mosaic_gpu(
-        2 * tile_k * (tile_m + bn), tile_m * math.gcd(bn * itemsize, 128), warpgroups
-    )
-    return Config(tile_m=tile_m, stages=stages, tile_k=tile_k, warpgroups=warpgroups)
+    warpgroups = 2 if bk > 64 and m >= 1024 else 1
+    if warpgroups == 2:
+        tile_m = 256 if bk > 128 and 128 * bn <= _HOPPER_ACCUMULATOR else 128
+    else:
+        # Of the heights that registers allow the one with least beyond the block.
+        heights = [h for h in (192, 128, 64) if h * bn <= _HOPPER_ACCUMULATOR]
+        tile_m = min(heights, key=lambda h: (-(-bk // h) * h, -h))
+    out = tile_m * math.gcd(bn * (4 if out_dtype == "float32" else 2), 128)
+    stages = max(2, _stages_mosaic_gpu(2 * tile_k * (tile_m + bn), out, warpgroups))
+    return Config(tile_m, stages=stages, tile_k=tile_k, warpgroups=warpgroups)
 
 
 def _stages_mosaic_gpu(stage: int, out: int, warpgroups: int) -> int:
-    """Stages that fit: the whole memory for two warpgroups, near half of it for one."""
+    """Stages that fit: the whole memory for two warpgroups, half of it for one."""
     room = _HOPPER_SMEM - _HOPPER_BARRIERS
-    room = room - out if warpgroups == 2 else room // 2
-    return max(2, min(6, room // stage))
+    # A single warpgroup's output takes the place of the stages.
+    return min(6, (room - out if warpgroups == 2 else room // 2) // stage)
 
 
 # --- TPU: Pallas Mosaic -------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The Hopper kernels against float64 numpy: simulated on a CPU, compiled on a Hopper GPU.
+"""The Hopper kernels against float64 numpy: simulated, or compiled on a Hopper GPU.
 
 Needs jax, numpy and pytest only, so that it runs where a GPU is:
 
@@ -66,7 +66,7 @@ def interpret(request):
 
 @dataclasses.dataclass
 class Case:
-    """A random problem with its operands, both lists and the dense oracle in float64."""
+    """A random problem: operands, both lists and the dense oracle in float64."""
 
     m: int
     grid: tuple[int, int]
@@ -107,7 +107,9 @@ class Case:
             for r, c in zip(rows, cols, strict=True)
         ]
         self.w = np.zeros((kb * bk, nb * bn))
-        for place, block in zip(self.places, np.asarray(self.blocks, np.float64)):
+        for place, block in zip(
+            self.places, np.asarray(self.blocks, np.float64), strict=False
+        ):
             self.w[place] = block
 
     def config(self, op, out_dtype, **changes):
@@ -166,7 +168,7 @@ class Case:
         return np.concatenate([*(dense[place][None] for place in self.places), padding])
 
     def assert_close(self, out, formula, a, b, out_dtype=None):
-        """At most twice as wrong as XLA's product of the same low-precision operands."""
+        """At most twice as wrong as XLA's product of the same operands."""
         out_dtype = out_dtype or self.dtype
         reference = formula(np.asarray(a, np.float64), np.asarray(b, np.float64))
         dot = functools.partial(
@@ -204,10 +206,8 @@ CASES = [
     Case(96, (2, 3), (48, 80), seed=5),
     Case(40, (2, 2), (96, 112), seed=6),
     Case(1, (3, 3), (64, 64), seed=7),
-    Case(200, (2, 3), (64, 64), "float16", seed=8),
     Case(33, (2, 2), (16, 256), seed=9),
-    Case(33, (2, 2), (256, 16), seed=10),
-    Case(150, (3, 4), (128, 128), seed=11),
+    Case(150, (3, 3), (128, 128), seed=11),
     Case(64, (2, 2), (128, 128), "float16", seed=12, density=1.0, spare=0),
     Case(20, (2, 2), (208, 176), seed=13, density=1.0),
     Case(72, (2, 2), (256, 256), seed=14, density=0.7),
@@ -248,7 +248,7 @@ def test_no_block_at_all(spare, interpret):
 
 
 # Two computing warpgroups and a copying one, which config picks for longer problems.
-LONG = Case(136, (3, 1), (64, 128), seed=20, density=0.9)
+LONG = Case(136, (2, 2), (128, 64), seed=20, density=0.9)
 
 
 @pytest.mark.parametrize(
