@@ -344,7 +344,8 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
       A text: per product the implementation that runs on the platform at hand, why the
       others do not, and whether a dense product would be faster at this density.
     """
-    fn = getattr(fn, "__wrapped__", fn)
+    if hasattr(fn, "lower"):  # jitted: it may have been traced before, unrecorded
+        fn = fn.__wrapped__
     with _record() as decisions:
         leaves, tree = jax.tree.flatten((args, kwargs))
         is_array = [hasattr(leaf, "shape") and hasattr(leaf, "dtype") for leaf in leaves]

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import checkify
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 
 @jax.tree_util.register_dataclass
@@ -23,22 +23,23 @@ class BlockLayout:
     nb = ceil(n / bn). Make one by ``from_mask`` or ``random``.
 
     Attributes:
-      rows: int32 ``[capacity]``, block row of each slot.
-      cols: int32 ``[capacity]``, block column of each slot.
+      rows: int32 array ``[capacity]``, block row of each slot.
+      cols: int32 array ``[capacity]``, block column of each slot.
       shape: (k, n) of the matrix. Blocks at an edge that the block does not divide reach
         over it; what they hold there takes no part.
       block_shape: (bk, bn).
     """
 
-    rows: Int[Array, "*stack capacity"]
-    cols: Int[Array, "*stack capacity"]
+    # Not annotated with shapes: a pytree's leaves may be anything while JAX rebuilds it.
+    rows: Any
+    cols: Any
     shape: tuple[int, int] = dataclasses.field(metadata={"static": True})
     block_shape: tuple[int, int] = dataclasses.field(metadata={"static": True})
 
     @classmethod
     def from_mask(
         cls,
-        block_mask: Bool[Array, "kb nb"] | Bool[np.ndarray, "kb nb"],
+        block_mask: Shaped[Array, "..."] | Shaped[np.ndarray, "..."],
         block_shape: tuple[int, int],
         *,
         capacity: int | None = None,
@@ -247,7 +248,7 @@ def check_layout(layout: BlockLayout) -> None:
 
 
 def gather_blocks(
-    w: Float[Array, "k n"], layout: BlockLayout
+    w: Shaped[Array, "..."], layout: BlockLayout
 ) -> Float[Array, "capacity bk bn"]:
     """Takes the stored blocks out of a dense matrix; padding slots are zero.
 
@@ -270,7 +271,7 @@ def gather_blocks(
 
 
 def scatter_blocks(
-    blocks: Float[Array, "capacity bk bn"], layout: BlockLayout
+    blocks: Shaped[Array, "..."], layout: BlockLayout
 ) -> Float[Array, "k n"]:
     """Puts blocks into a dense matrix of zeros; padding slots go nowhere.
 
@@ -293,7 +294,7 @@ def scatter_blocks(
 
 
 def transpose_blocks(
-    blocks: Float[Array, "capacity bk bn"], layout: BlockLayout
+    blocks: Shaped[Array, "..."], layout: BlockLayout
 ) -> tuple[Float[Array, "capacity bn bk"], BlockLayout]:
     """Blocks and layout of the transposed matrix.
 

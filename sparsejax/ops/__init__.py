@@ -1,4 +1,8 @@
-"""Products with sparse matrices: validated, differentiable, one per equation."""
+"""Products with sparse matrices: validated, differentiable, one per equation.
+
+Signatures name their arguments' axes but bind none of them (``_k``): each operator
+checks its shapes itself, so that a user without a type checker gets the same error.
+"""
 
 from sparsejax.ops._block_sparse_matmul import (
     block_sparse_matmul as block_sparse_matmul,

@@ -13,7 +13,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Shaped
 
 from pallas_kernels.block_sparse_matmul import _spec
 from pallas_kernels.block_sparse_matmul._spec import Problem
@@ -26,8 +26,8 @@ from sparsejax.ops._checks import check_floating, over_explicit_axes
 
 
 def block_sparse_matmul(
-    x: Float[Array, "*batch k"],
-    blocks: Float[Array, "capacity bk bn"],
+    x: Shaped[Array, "... _k"],
+    blocks: Shaped[Array, "*_capacity _bk _bn"],
     layout: BlockLayout,
     *,
     dtype: jax.typing.DTypeLike | None = None,
@@ -98,8 +98,8 @@ def block_sparse_matmul(
 
 
 def sampled_matmul(
-    x: Float[Array, "*batch k"],
-    y: Float[Array, "*batch n"],
+    x: Shaped[Array, "... _k"],
+    y: Shaped[Array, "... _n"],
     layout: BlockLayout,
     *,
     dtype: jax.typing.DTypeLike | None = None,

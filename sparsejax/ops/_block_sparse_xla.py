@@ -16,6 +16,8 @@ recompile. Not differentiable in reverse mode; it sits inside the operator's
 import jax.numpy as jnp
 from jax import lax
 
+from sparsejax._dispatch import vary_alike
+
 
 def dsd(x, blocks, order, source, ptr, *, transpose):
     """Computes y[:, j] = sum over p of x[:, source[p]] @ b[order[p]].
@@ -51,7 +53,8 @@ def dsd(x, blocks, order, source, ptr, *, transpose):
         )
 
     trips, columns = _occupied(ptr)
-    y = _bits(jnp.zeros((x.shape[0], columns.shape[0] * side_out), x.dtype))
+    y = jnp.zeros((x.shape[0], columns.shape[0] * side_out), x.dtype)
+    y = _bits(vary_alike(y, x)[0])
     return _values(lax.fori_loop(0, trips, column, y), x.dtype)
 
 
@@ -85,7 +88,8 @@ def sdd(x, dy, rows, cols, count, *, block_shape, dtype):
         block = _dot(x_i, dy_j, (1, 0)).astype(dtype)
         return lax.dynamic_update_slice(blocks, _bits(block[None]), (p, 0, 0))
 
-    blocks = _bits(jnp.zeros((rows.shape[0], bk, bn), dtype))
+    blocks = jnp.zeros((rows.shape[0], bk, bn), dtype)
+    blocks = _bits(vary_alike(blocks, x)[0])
     return _values(lax.fori_loop(0, count, write, blocks), dtype)
 
 

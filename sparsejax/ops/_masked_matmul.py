@@ -1,7 +1,7 @@
 """masked_matmul: the dense product with a masked weight."""
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float, Shaped
 
 from sparsejax import _dispatch
 from sparsejax._dispatch import Choice, Implementation
@@ -9,9 +9,9 @@ from sparsejax.ops._checks import check_floating
 
 
 def masked_matmul(
-    x: Float[Array, "*batch k"],
-    w: Float[Array, "k n"],
-    mask: Bool[Array, "k n"],
+    x: Shaped[Array, "... _k"],
+    w: Shaped[Array, "..."],
+    mask: Shaped[Array, "..."],
     *,
     implementation: Choice = None,
 ) -> Float[Array, "*batch n"]:

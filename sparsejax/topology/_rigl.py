@@ -4,7 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Shaped
 
 from sparsejax.layouts import BlockLayout
 from sparsejax.layouts._block import check_blocks
@@ -12,9 +12,9 @@ from sparsejax.masks import topk_mask
 
 
 def rigl_blocks(
-    blocks: Float[Array, "capacity bk bn"],
+    blocks: Shaped[Array, "..."],
     layout: BlockLayout,
-    scores: Float[Array, "kb nb"],
+    scores: Shaped[Array, "..."],
     *,
     fraction: Any,
     moments: Any = (),

@@ -4,7 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Shaped
 
 from sparsejax._dispatch import varying_axes
 from sparsejax.layouts import BlockLayout
@@ -13,7 +13,7 @@ from sparsejax.ops._checks import check_floating
 
 
 def block_scores(
-    x: Float[Array, "*batch k"], dy: Float[Array, "*batch n"], layout: BlockLayout
+    x: Shaped[Array, "... _k"], dy: Shaped[Array, "... _n"], layout: BlockLayout
 ) -> Float[Array, "kb nb"]:
     """Frobenius norms of the blocks of the dense weight gradient ``x^T dy``.
 
