@@ -71,6 +71,7 @@ class Config:
     tile_k: GPU: the contraction that one piece of a step covers.
     warpgroups: GPU: warpgroups that compute; with two, a third one copies.
     group: GPU: row tiles that programs take together, for L2.
+    cluster: GPU, dsd with two warpgroups: row tiles that get each block by one copy.
     """
 
     tile_m: int
@@ -79,6 +80,7 @@ class Config:
     tile_k: int = 64
     warpgroups: int = 1
     group: int = 8
+    cluster: int = 1
     rows: int = 128
     splits: int = 1
     resident: bool = True

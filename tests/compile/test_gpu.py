@@ -152,6 +152,19 @@ def test_sweep(problem, capfd):
     assert report.clean, report
 
 
+@pytest.mark.parametrize("op", ["dsd", "dsd_transposed"])
+def test_tiles_for_tuning(op, capfd):
+    # What config does not pick yet: taller tiles, blocks copied once for two programs.
+    problem = dataclasses.replace(CANONICAL, op=op)
+    for changes in [
+        dict(tile_m=384, warpgroups=2, stages=2),
+        dict(tile_m=256, warpgroups=2, stages=4, cluster=2),
+        dict(tile_m=128, warpgroups=1, stages=3),
+    ]:
+        _, report = compiled(capfd, "h200", problem, **changes)
+        assert report.clean, (changes, report)
+
+
 @pytest.mark.parametrize("m", [1, 77])
 @pytest.mark.parametrize("op", KERNELS)
 def test_ragged_rows(op, m, capfd):

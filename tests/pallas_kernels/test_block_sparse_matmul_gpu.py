@@ -258,6 +258,7 @@ LONG = Case(136, (2, 2), (128, 64), seed=20, density=0.9)
         dict(tile_m=256, warpgroups=2, stages=2),
         dict(tile_m=64, unroll=3, tile_k=16, stages=2),
         dict(tile_m=128, warpgroups=2, unroll=2, stages=2, group=1),
+        dict(tile_m=128, warpgroups=2, stages=2, cluster=2),
     ],
     ids=lambda c: "-".join(f"{k}{v}" for k, v in c.items()),
 )
