@@ -1,0 +1,346 @@
+"""Each rule by hand on a few weights, and the bugs of earlier libraries."""
+
+import functools
+import math
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from sparsejax import transforms
+from sparsejax.masks import Axes, apply_masks, erdos_renyi, exact_count, topk_mask
+from sparsejax.transforms import MaskUpdate, Updater
+
+
+def start(tx, params):
+    state = tx.init(params)
+    return apply_masks(params, transforms.get_masks(state)), state
+
+
+def with_masks(state, masks):
+    return state._replace(masks=masks)
+
+
+def step(tx, grads, state, params):
+    updates, state = tx.update(grads, state, params)
+    return optax.apply_updates(params, updates), state
+
+
+def test_rigl_by_hand():
+    # Ten weights, five kept; alpha = 0.4 at begin: k = 2 of 5.
+    tx = transforms.sparsify(
+        optax.sgd(1.0),
+        transforms.rigl(
+            sparsity=0.5,
+            begin=0,
+            end=10,
+            every=5,
+            drop_fraction=0.4,
+            key=jax.random.key(0),
+        ),
+    )
+    kept = jnp.array([[1, 1, 1, 1, 1, 0, 0, 0, 0, 0]], bool)
+    w = jnp.array([[0.5, -0.1, 3.0, 0.2, -2.0, 0, 0, 0, 0, 0]])
+    # Signed gradients: growth goes by size, and kept entries do not compete.
+    g = jnp.array([[9.0, 9.0, 0.25, 9.0, 0.0, 0.1, -0.4, 0.2, 0.3, 0.0]])
+    state = with_masks(tx.init({"w": w}), {"w": kept})
+    new, state = step(tx, {"w": g}, state, {"w": w})
+    # Dropped: 0.1 and 0.2. Grown: 0.4 and 0.3, which step from zero.
+    want = [[0.5 - 9.0, 0, 3.0 - 0.25, 0, -2.0, 0, 0.4, 0, -0.3, 0]]
+    np.testing.assert_allclose(new["w"], want, rtol=1e-6)
+    assert state.masks["w"].tolist() == [
+        [True, False, True, False, True] + [False, True, False, True, False]
+    ]
+    assert int(state.next_update) == 5
+
+
+def test_rigl_follows_the_cosine_from_begin():
+    # 40 kept of 80: k = round(40 * 0.15 (1 + cos(pi t / 4))), t = 0, 1, 2, 3, 4.
+    key = jax.random.key(1)
+    tx = transforms.sparsify(
+        optax.sgd(0.1),
+        transforms.rigl(sparsity=0.5, begin=3, end=7, every=1, key=key),
+    )
+    params, state = start(tx, {"w": jax.random.normal(key, (8, 10))})
+    moved = []
+    for i in range(9):
+        grads = {"w": jax.random.normal(jax.random.fold_in(key, i), (8, 10))}
+        old = state.masks["w"]
+        params, state = step(tx, grads, state, params)
+        moved.append(int((state.masks["w"] & ~old).sum()))
+        assert int(state.masks["w"].sum()) == 40
+    cosine = [round(6 * (1 + math.cos(math.pi * t / 4))) for t in range(5)]
+    assert moved == [0, 0, 0, *cosine, 0]
+
+
+def test_set_drops_the_smallest_and_grows_elsewhere_at_random():
+    make = lambda seed: transforms.sparsify(
+        optax.sgd(0.0),
+        transforms.sparse_evolutionary_training(
+            sparsity=0.6, every=1, drop_fraction=0.25, key=jax.random.key(seed)
+        ),
+    )
+    w = jax.random.normal(jax.random.key(5), (10, 10))
+    seen = []
+    for seed in (0, 0, 1):
+        tx = make(seed)
+        params, state = start(tx, {"w": w})
+        old = state.masks["w"]
+        _, state = step(tx, {"w": jnp.zeros_like(w)}, state, params)
+        new = state.masks["w"]
+        dropped, grown = old & ~new, new & ~old
+        assert int(dropped.sum()) == int(grown.sum()) == 10
+        assert jnp.abs(w)[dropped].max() < jnp.abs(w)[old & new].min()
+        seen.append(new)
+    assert (seen[0] == seen[1]).all() and (seen[0] != seen[2]).any()
+
+
+def test_gradual_magnitude_by_hand():
+    # Updates at 0, 2, 4 of end=5: shares 1, 1/2, 0 are left of the way to 3/4.
+    tx = transforms.sparsify(
+        optax.sgd(0.0), transforms.gradual_magnitude(sparsity=0.75, end=5, every=2)
+    )
+    w = jnp.arange(1.0, 65.0).reshape(8, 8) * jnp.tile(jnp.array([1.0, -1.0]), 4)
+    params, state = start(tx, {"w": w})
+    kept = []
+    for _ in range(6):
+        params, state = step(tx, {"w": w}, state, params)
+        kept.append(int(state.masks["w"].sum()))
+    middle = round((1 - 0.75 * (1 - 1 / 8)) * 64)
+    assert kept == [64, 64, middle, middle, 16, 16]
+    np.testing.assert_array_equal(params["w"][:6], 0.0)
+    np.testing.assert_array_equal(params["w"][6:], w[6:])
+
+
+def test_static_masks_are_drawn_evenly():
+    updater = transforms.static(sparsity=0.9, key=jax.random.key(0))
+    masks, _ = updater.init(
+        {"a": jnp.zeros((200, 100)), "b": jnp.zeros((200, 100))}, updater.key
+    )
+    assert int(masks["a"].sum()) == 2000 and (masks["a"] != masks["b"]).any()
+    by_quarter = masks["a"].reshape(4, -1).sum(1)
+    np.testing.assert_allclose(by_quarter, 500, atol=5 * math.sqrt(500 * 0.9 * 0.75))
+
+
+def test_sparsity_of_one_keeps_nothing_and_of_zero_everything():
+    # JaxPruner keeps one weight of each leaf at sparsity 1.
+    for sparsity, kept in ((1.0, 0), (0.0, 15)):
+        tx = transforms.sparsify(
+            optax.sgd(0.1),
+            transforms.rigl(sparsity=sparsity, end=2, every=1, key=jax.random.key(0)),
+        )
+        params, state = start(tx, {"w": jnp.ones((3, 5))})
+        for _ in range(3):
+            params, state = step(tx, {"w": jnp.ones((3, 5))}, state, params)
+            assert int(state.masks["w"].sum()) == kept
+
+
+def test_high_density_moves_no_more_than_there_is_room():
+    tx = transforms.sparsify(
+        optax.sgd(0.1),
+        transforms.rigl(
+            sparsity=0.1, end=2, every=1, drop_fraction=0.9, key=jax.random.key(0)
+        ),
+    )
+    params, state = start(tx, {"w": jax.random.normal(jax.random.key(1), (5, 8))})
+    old = state.masks["w"]
+    params, state = step(tx, {"w": jnp.ones((5, 8))}, state, params)
+    assert int((state.masks["w"] & ~old).sum()) == 4
+    assert int(state.masks["w"].sum()) == 36
+
+
+def test_the_inner_state_advances_on_update_steps():
+    # JaxPruner and the reference RigL skip the gradient step and the step count.
+    lr = optax.linear_schedule(1.0, 0.0, 4)
+    tx = transforms.sparsify(
+        optax.inject_hyperparams(optax.sgd)(learning_rate=lr),
+        transforms.rigl(sparsity=0.5, end=3, every=1, key=jax.random.key(0)),
+    )
+    params, state = start(tx, {"w": jnp.ones((4, 4))})
+    for i in range(4):
+        params, state = step(tx, {"w": jnp.ones((4, 4))}, state, params)
+        assert float(state.inner_state.hyperparams["learning_rate"]) == 1 - i / 4
+
+
+def test_a_grown_weight_starts_from_zero_with_clear_moments():
+    tx = transforms.sparsify(
+        optax.adam(1e-3, b1=0.5, b2=0.75),
+        transforms.rigl(
+            sparsity=0.5, begin=2, end=2, drop_fraction=0.5, key=jax.random.key(0)
+        ),
+    )
+    kept = jnp.array([[True, True, False, False]])
+    state = with_masks(tx.init({"w": jnp.ones((1, 4))}), {"w": kept})
+    params = {"w": jnp.array([[1.0, 0.5, 0.0, 0.0]])}
+    for g in ([1.0, 1.0, 9.0, 9.0], [1.0, 1.0, 9.0, 9.0], [1.0, 1.0, 2.0, 3.0]):
+        params, state = step(tx, {"w": jnp.array([g])}, state, params)
+    assert state.masks["w"].tolist() == [[True, False, False, True]]
+    mu = optax.tree_utils.tree_get(state, "mu")["w"]
+    nu = optax.tree_utils.tree_get(state, "nu")["w"]
+    np.testing.assert_allclose(mu, [[0.875, 0, 0, 1.5]], rtol=1e-6)
+    np.testing.assert_allclose(nu, [[1 - 0.75**3, 0, 0, 0.25 * 9]], rtol=1e-6)
+    # u = -lr * (mu / (1 - b1^3)) / sqrt(nu / (1 - b2^3)).
+    want = -1e-3 * (1.5 / 0.875) / math.sqrt(0.25 * 9 / (1 - 0.75**3))
+    np.testing.assert_allclose(params["w"][0, 3], want, rtol=1e-5)
+
+
+@pytest.mark.parametrize("policy", ["keep", "mean"])
+def test_moment_policies_by_hand(policy):
+    tx = transforms.sparsify(
+        optax.sgd(1.0, momentum=0.5),
+        transforms.rigl(
+            sparsity=0.25, begin=1, end=1, drop_fraction=0.34, key=jax.random.key(0)
+        ),
+        moments=policy,
+    )
+    kept = jnp.array([[True, True, True, False]])
+    state = with_masks(tx.init({"w": jnp.ones((1, 4))}), {"w": kept})
+    params = {"w": jnp.array([[9.0, 8.0, 1.5, 0.0]])}
+    params, state = step(tx, {"w": jnp.array([[2.0, 4.0, 1.0, 7.0]])}, state, params)
+    params, state = step(tx, {"w": jnp.array([[0.0, 0.0, 0.0, 6.0]])}, state, params)
+    assert state.masks["w"].tolist() == [[True, True, False, True]]
+    trace = optax.tree_utils.tree_get(state, "trace")["w"]
+    # Before the step: traces 2, 4, 1, 0; the mean of those kept throughout is 3.
+    third, fourth = {"keep": (0.5, 6.0), "mean": (0.0, 7.5)}[policy]
+    np.testing.assert_allclose(trace, [[1.0, 2.0, third, fourth]])
+
+
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf, -jnp.inf])
+def test_a_bad_gradient_keeps_the_masks_and_is_counted(bad):
+    key = jax.random.key(0)
+    tx = transforms.sparsify(
+        optax.sgd(0.0), transforms.rigl(sparsity=0.5, end=4, every=1, key=key)
+    )
+    params, state = start(tx, {"w": jax.random.normal(key, (4, 4))})
+    old = state.masks["w"]
+    grads = {"w": jax.random.normal(key, (4, 4)).at[2, 1].set(bad)}
+    _, after = tx.update(grads, state, params)
+    assert int(after.skipped_updates) == 1 and (after.masks["w"] == old).all()
+    # Growth that does not look at gradients goes on.
+    tx = transforms.sparsify(
+        optax.sgd(0.0), transforms.gradual_magnitude(sparsity=0.5, end=0)
+    )
+    params, state = start(tx, {"w": params["w"] + 1})
+    _, after = tx.update(grads, state, params)
+    assert int(after.skipped_updates) == 0 and int(after.masks["w"].sum()) == 8
+    _, after = tx.update(grads, state, {"w": params["w"].at[0, 0].set(bad)})
+    assert int(after.skipped_updates) == 1 and int(after.masks["w"].sum()) == 16
+
+
+def test_grow_scores_replace_the_gradient():
+    key = jax.random.key(0)
+    tx = transforms.sparsify(
+        optax.sgd(0.1),
+        transforms.rigl(sparsity=0.5, end=4, every=1, drop_fraction=0.25, key=key),
+    )
+    params, state = start(
+        tx, {"w": jax.random.normal(key, (4, 4)), "bias": jnp.ones(4)}
+    )
+    scores = -jnp.arange(16.0).reshape(4, 4)
+    # What the loop computed is masked already: growth from it would be by index.
+    grads = jax.tree.map(jnp.ones_like, params)
+    grads["w"] = jnp.where(state.masks["w"], grads["w"], 0.0)
+    old = state.masks["w"]
+    _, new = tx.update(grads, state, params, grow_scores={"w": scores})
+    want = topk_mask(jnp.abs(scores), 2, where=~old)
+    np.testing.assert_array_equal(new.masks["w"] & ~old, want)
+    with pytest.raises(
+        ValueError, match=r"grow_scores must hold .*\(4, 4\) at 'w', got nothing"
+    ):
+        tx.update(grads, state, params, grow_scores={})
+
+
+def test_extra_arguments_reach_the_inner_optimizer():
+    seen = {}
+
+    def update(updates, state, params=None, **extra):
+        seen.update(extra)
+        return updates, state
+
+    inner = optax.GradientTransformationExtraArgs(lambda p: (), update)
+    tx = transforms.sparsify(
+        inner, transforms.static(sparsity=0.5, key=jax.random.key(0))
+    )
+    params, state = start(tx, {"w": jnp.ones((2, 2))})
+    tx.update(params, state, params, value=3.0, grow_scores=params)
+    assert seen == {"value": 3.0}
+
+
+def test_sharded_gradients_give_the_same_masks():
+    # Means of signed gradients come in; no device-local abs may enter.
+    key = jax.random.key(0)
+    tx = transforms.sparsify(
+        optax.adam(1e-2), transforms.rigl(sparsity=0.9, end=4, every=1, key=key)
+    )
+    params, state = start(tx, {"w": jax.random.normal(key, (64, 128))})
+    grads = {"w": jax.random.normal(jax.random.key(1), (64, 128))}
+    _, alone = jax.jit(tx.update)(grads, state, params)
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    put = lambda tree: jax.tree.map(
+        lambda x: jax.device_put(
+            x,
+            jax.sharding.NamedSharding(
+                mesh, jax.sharding.PartitionSpec(*["x"][: x.ndim == 2])
+            ),
+        ),
+        tree,
+    )
+    _, spread = jax.jit(tx.update)(put(grads), put(state), put(params))
+    np.testing.assert_array_equal(spread.masks["w"], alone.masks["w"])
+
+
+def test_erdos_renyi_with_declared_axes_as_distribution():
+    axes = {"layers/kernel": Axes(stacked=(0,), fan_in=(1,), fan_out=(2,))}
+    distribution = functools.partial(erdos_renyi, axes=axes)
+    params = {
+        "layers": {"kernel": jnp.ones((6, 24, 48)), "norm_scale": jnp.ones((6, 24))},
+        "head": jnp.ones((24, 30)),
+    }
+    updater = transforms.rigl(
+        sparsity=0.9, end=10, distribution=distribution, key=jax.random.key(0)
+    )
+    state = transforms.sparsify(optax.sgd(0.1), updater).init(params)
+    densities = distribution({"layers/kernel": (6, 24, 48), "head": (24, 30)}, 0.1)
+    for name, mask in (
+        ("layers/kernel", state.masks["layers"]["kernel"]),
+        ("head", state.masks["head"]),
+    ):
+        assert int(mask.sum()) == exact_count(densities[name], mask.size)
+    # A stack of norms has rank 2 and is no matrix all the same.
+    assert state.masks["layers"]["norm_scale"] == optax.MaskedNode()
+
+
+def test_an_updater_of_ones_own_with_memory():
+    # A moving average of |gradient|, as later rules keep, in the memory.
+    def init(params, key):
+        masks = {k: jnp.ones(p.shape, bool) for k, p in params.items()}
+        return masks, {k: jnp.zeros(p.shape) for k, p in params.items()}
+
+    def update(now: MaskUpdate):
+        memory = {k: now.memory[k] + jnp.abs(s) for k, s in now.scores.items()}
+        masks = {k: topk_mask(m, 3) for k, m in memory.items()}
+        return masks, memory, jnp.array(True)
+
+    tx = transforms.sparsify(optax.sgd(0.0), Updater(range(0, 9, 2), init, update))
+    params, state = start(tx, {"w": jnp.ones((2, 3))})
+    grads = {"w": jnp.array([[3.0, -5.0, 1.0], [4.0, 0.0, -2.0]])}
+    for _ in range(3):
+        params, state = step(tx, grads, state, params)
+    np.testing.assert_array_equal(state.memory["w"], 2 * jnp.abs(grads["w"]))
+    assert state.masks["w"].tolist() == [[True, True, False], [True, False, False]]
+
+
+def test_one_compilation_through_updates():
+    chex.clear_trace_counter()
+    tx = transforms.sparsify(
+        optax.adamw(1e-2),
+        transforms.rigl(sparsity=0.5, end=6, every=2, key=jax.random.key(0)),
+    )
+    update = jax.jit(chex.assert_max_traces(lambda g, s, p: tx.update(g, s, p), n=1))
+    params, state = start(tx, {"w": jnp.ones((4, 4))})
+    for _ in range(8):
+        updates, state = update({"w": params["w"] + 1}, state, params)
+        params = optax.apply_updates(params, updates)
