@@ -1,7 +1,7 @@
 """A whole parameter tree between dense, masked and block form."""
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ def convert(
     params: Mapping[str, Any],
     topology: Mapping[str, Any],
     *,
-    to: Literal["dense", "masked", "block"],
+    to: str,
     block_shape: tuple[int, int] | None = None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Converts every sparse kernel of a model, and its topology with it.

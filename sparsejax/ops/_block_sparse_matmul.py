@@ -22,7 +22,7 @@ from sparsejax._dispatch import Choice, Implementation
 from sparsejax.layouts import BlockLayout
 from sparsejax.layouts._block import check_blocks, check_single, pad_to
 from sparsejax.ops import _block_sparse_xla
-from sparsejax.ops._checks import check_floating, over_explicit_axes
+from sparsejax.ops._checks import accumulator, check_floating, over_explicit_axes
 
 
 def block_sparse_matmul(
@@ -177,7 +177,7 @@ def block_sparse_matmul_reference(
         "...sk,skn->...sn",
         tiles.at[..., layout.rows, :].get(mode="fill", fill_value=0),
         blocks.astype(dtype),
-        preferred_element_type=_accumulator(dtype),
+        preferred_element_type=accumulator(dtype),
     )
     y = jnp.zeros((*x.shape[:-1], nb, bn), terms.dtype)
     y = y.at[..., layout.cols, :].add(terms, mode="drop")
@@ -199,7 +199,7 @@ def sampled_matmul_reference(
         "msk,msn->skn",
         x_tiles.at[:, layout.rows].get(mode="fill", fill_value=0),
         y_tiles.at[:, layout.cols].get(mode="fill", fill_value=0),
-        preferred_element_type=_accumulator(dtype),
+        preferred_element_type=accumulator(dtype),
     ).astype(dtype)
 
 
@@ -483,6 +483,3 @@ def _prepare(layout, a, b, pad_blocks=True):
     a, b, rows, cols = _dispatch.vary_alike(a, b, layout.rows, layout.cols)
     return a, b, dataclasses.replace(layout, rows=rows, cols=cols)
 
-
-def _accumulator(dtype):
-    return jnp.promote_types(dtype, jnp.float32)

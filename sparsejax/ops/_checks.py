@@ -15,6 +15,11 @@ def check_floating(**arrays):
             raise ValueError(f"{name}: got dtype {array.dtype}, needed one of {wanted}")
 
 
+def accumulator(dtype):
+    """In which products of ``dtype`` are summed: float32, or float64."""
+    return jnp.float64 if dtype == jnp.float64 else jnp.float32
+
+
 def over_explicit_axes(fn, x, *operands, keep_rows):
     """Calls ``fn(x, *operands)`` under shard_map over a mesh's explicit axes, if any.
 

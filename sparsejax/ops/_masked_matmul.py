@@ -5,7 +5,7 @@ from jaxtyping import Array, Float, Shaped
 
 from sparsejax import _dispatch
 from sparsejax._dispatch import Choice, Implementation
-from sparsejax.ops._checks import check_floating
+from sparsejax.ops._checks import accumulator, check_floating
 
 
 def masked_matmul(
@@ -64,8 +64,8 @@ def masked_matmul(
 def _run_xla(problem, chip, interpret, x, w, mask):
     del problem, chip, interpret
     kept = jnp.where(mask, w, jnp.zeros((), w.dtype))
-    accumulator = jnp.promote_types(x.dtype, jnp.float32)
-    return jnp.matmul(x, kept, preferred_element_type=accumulator).astype(x.dtype)
+    y = jnp.matmul(x, kept, preferred_element_type=accumulator(x.dtype))
+    return y.astype(x.dtype)
 
 
 MASKED_MATMUL = {

@@ -1,0 +1,77 @@
+"""What is public is documented; imports run one way; nothing heavy is loaded."""
+
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import pallas_kernels
+import sparsejax
+
+PACKAGES = [
+    "layers",
+    "layouts",
+    "linen",
+    "masks",
+    "nnx",
+    "ops",
+    "schedules",
+    "topology",
+    "transforms",
+]
+SYMBOLS = [
+    (package, name)
+    for package in PACKAGES
+    for name in importlib.import_module(f"sparsejax.{package}").__all__
+]
+
+
+def test_packages_are_the_folders():
+    root = Path(sparsejax.__file__).parent
+    folders = {p.name for p in root.iterdir() if (p / "__init__.py").exists()}
+    assert folders == set(PACKAGES)
+    assert SYMBOLS
+
+
+@pytest.mark.parametrize("package, name", SYMBOLS)
+def test_every_public_symbol_is_documented(package, name):
+    symbol = getattr(importlib.import_module(f"sparsejax.{package}"), name)
+    assert (symbol.__doc__ or "").strip(), f"{package}.{name} has no docstring"
+    # A dataclass or NamedTuple without one gets its signature as docstring.
+    assert not symbol.__doc__.startswith(f"{name}("), f"{package}.{name}"
+
+
+def test_kernels_ship_beside_the_package():
+    assert (
+        Path(pallas_kernels.__file__).parents[1] == Path(sparsejax.__file__).parents[1]
+    )
+
+
+@pytest.mark.parametrize(
+    "module, absent",
+    [
+        ("sparsejax", ["flax", "orbax", "jax.experimental.pallas", "triton"]),
+        ("sparsejax.transforms", ["flax", "orbax", "jax.experimental.pallas", "triton"]),
+        ("sparsejax.nnx", ["orbax.checkpoint.v1", "jax.experimental.pallas", "triton"]),
+    ],
+)
+def test_import_loads_nothing_heavy(module, absent):
+    program = (
+        f"import sys, {module}\n"
+        f"print([m for m in {absent!r} if m in sys.modules])\n"
+        "print([m for m in sys.modules if m.startswith('pallas_kernels') "
+        "and 'mosaic' in m])"
+    )
+    out = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert out.stdout.split("\n")[:2] == ["[]", "[]"], out.stdout
+
+
+def test_on_demand_packages():
+    assert sparsejax.nnx.MaskedLinear and sparsejax.linen.MaskedLinear
+    assert sparsejax.checkpoint
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        sparsejax.nonsense
