@@ -290,7 +290,9 @@ def dsd(
         spec = functools.partial(
             plgpu.BlockSpec, transforms=swizzled, delay_release=_DELAY
         )
-        shared = dict(collective_axes=("member",)) if cluster > 1 else {}
+        block_spec = spec
+        if cluster > 1:
+            block_spec = functools.partial(spec, collective_axes=("member",))
         x_shape = (config.tile_m, tile_k)
         block_shape = (
             (None, side_out, tile_k) if transpose else (None, tile_k, side_out)
@@ -318,7 +320,7 @@ def dsd(
                     for u in range(unroll)
                 ),
                 *(
-                    spec(block_shape, functools.partial(block_index, u=u), **shared)
+                    block_spec(block_shape, functools.partial(block_index, u=u))
                     for u in range(unroll)
                 ),
             ],
