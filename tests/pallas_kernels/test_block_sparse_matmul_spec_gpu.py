@@ -1,12 +1,15 @@
-"""What the Hopper kernels refuse, as a literal table, and the tiles they get."""
+"""What the Hopper kernels refuse, their tiles, and what tracing alone can show."""
 
 import dataclasses
 import itertools
 import re
 
+import jax
 import pytest
+from jax import numpy as jnp
+from jax.sharding import PartitionSpec
 
-from pallas_kernels.block_sparse_matmul import _spec
+from pallas_kernels.block_sparse_matmul import _spec, mosaic_gpu
 
 GOOD = _spec.Problem(
     op="dsd",
@@ -94,3 +97,78 @@ def test_every_block_gets_tiles_that_fit(op, m):
         stage = 2 * config.tile_k * (config.tile_m + side_out)
         assert config.stages >= 2
         assert config.stages * config.unroll * stage <= 227 * 1024
+
+
+def _calls():
+    """Name of a kernel -> the call and the shapes of its arguments."""
+
+    def config(op):
+        return _spec.config_mosaic_gpu(dataclasses.replace(GOOD, op=op), None)
+
+    def array(*shape, dtype="bfloat16"):
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    entries, ptr = array(7, dtype="int32"), array(5, dtype="int32")
+    x, blocks = array(256, 512), array(7, 128, 128)
+
+    def forward(x, blocks, source, ptr):
+        return mosaic_gpu.dsd(
+            x, blocks, None, source, ptr, transpose=False, config=config("dsd")
+        )
+
+    def transposed(x, blocks, order, source, ptr):
+        chosen = config("dsd_transposed")
+        return mosaic_gpu.dsd(
+            x, blocks, order, source, ptr, transpose=True, config=chosen
+        )
+
+    def sampled(x, dy, rows, cols, count):
+        return mosaic_gpu.sdd(
+            x,
+            dy,
+            rows,
+            cols,
+            count,
+            block_shape=(128, 128),
+            dtype=jnp.float32,
+            config=config("sdd"),
+        )
+
+    count = array(dtype="int32")
+    return {
+        "block_sparse_matmul_dsd": (forward, (x, blocks, entries, ptr)),
+        "block_sparse_matmul_dsd_transposed": (
+            transposed,
+            (x, blocks, entries, entries, ptr),
+        ),
+        "block_sparse_matmul_sdd": (sampled, (x, x, entries, entries, count)),
+    }
+
+
+@pytest.mark.parametrize("name", _calls())
+def test_lowering_shows_the_name(name):
+    call, args = _calls()[name]
+    text = jax.jit(call).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+    assert name in text
+
+
+@pytest.mark.parametrize("name", _calls())
+def test_output_varies_over_the_axes_of_the_inputs(name):
+    call, args = _calls()[name]
+    mesh = jax.make_mesh(
+        (4,),
+        ("data",),
+        axis_types=(jax.sharding.AxisType.Auto,),
+        devices=jax.devices("cpu")[:4],
+    )
+    split, same = PartitionSpec("data"), PartitionSpec()
+    # x differs between devices; for dW so does dy.
+    specs = [split if a.shape == (256, 512) else same for a in args]
+
+    def mapped(out):
+        return jax.shard_map(call, mesh=mesh, in_specs=tuple(specs), out_specs=out)
+
+    whole = jax.eval_shape(mapped(split), *args)
+    assert whole.shape == ((256, 512) if "dsd" in name else (4 * 7, 128, 128))
+    with pytest.raises(ValueError, match="replicat"):
+        jax.eval_shape(mapped(same), *args)
