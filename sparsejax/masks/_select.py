@@ -70,26 +70,7 @@ def topk_mask(
         )
     if size == 0:
         return jnp.zeros(scores.shape, bool)
-    keys = _ordered_keys(scores)
-    if where is not None:
-        keys = jnp.where(where, keys, jnp.zeros((), keys.dtype))
-    count = jnp.asarray(count).astype(jnp.int32)
-
-    low, at_least, above = _threshold(keys, count, _key_limit(scores.dtype))
-
-    def without_ties():
-        return keys >= low
-
-    def with_ties():
-        # Of the entries that equal the threshold, the first ones by flat index.
-        tied = keys == low
-        order = jnp.where(tied, jnp.uint32(size) - _flat_index(keys.shape), 0)
-        order = order.astype(jnp.uint32)
-        first, _, _ = _threshold(order, count - above, size + 1)
-        return (keys > low) | (tied & (order >= first))
-
-    mask = lax.cond(at_least > count, with_ties, without_ties)
-    return mask & (count > 0)
+    return _topk(scores, jnp.asarray(count).astype(jnp.int32), where)
 
 
 def nm_mask(
@@ -162,6 +143,28 @@ def count_true(mask: Bool[Array, "..."]) -> Int[Array, ""]:
     if mask.size % 16 or any(jax.typeof(mask).sharding.spec):
         return total(mask)
     return lax.platform_dependent(mask, cpu=on_cpu, default=total)
+
+
+@jax.jit  # so that eager calls, as when masks are first drawn, compile once per shape
+def _topk(scores: Any, count: Any, where: Any) -> Any:
+    keys = _ordered_keys(scores)
+    if where is not None:
+        keys = jnp.where(where, keys, jnp.zeros((), keys.dtype))
+    low, at_least, above = _threshold(keys, count, _key_limit(scores.dtype))
+
+    def without_ties():
+        return keys >= low
+
+    def with_ties():
+        # Of the entries that equal the threshold, the first ones by flat index.
+        tied = keys == low
+        order = jnp.where(tied, jnp.uint32(keys.size) - _flat_index(keys.shape), 0)
+        order = order.astype(jnp.uint32)
+        first, _, _ = _threshold(order, count - above, keys.size + 1)
+        return (keys > low) | (tied & (order >= first))
+
+    mask = lax.cond(at_least > count, with_ties, without_ties)
+    return mask & (count > 0)
 
 
 def _ordered_keys(scores: Any) -> Any:

@@ -80,8 +80,10 @@ class DensityReport:
 
     def __str__(self) -> str:
         rows = [(name, *numbers) for name, numbers in self.leaves.items()]
-        total = [sum(row[i] for row in rows) for i in (1, 2)]
-        rows.append(("all masked leaves", *total))
+        kept, size = (
+            sum(column) for column in zip(*[(0, 0), *self.leaves.values()], strict=True)
+        )
+        rows.append(("all masked leaves", kept, size))
         width = max(len(name) for name, _, _ in rows)
         lines = [f"{'leaf':{width}}  {'kept':>12}  {'size':>12}  density"]
         for name, kept, size in rows:

@@ -6,6 +6,12 @@ params = sparsejax.masks.apply_masks(params, get_masks(opt_state))
 ...  # the loop stays as it was: tx.update, optax.apply_updates
 """
 
+from sparsejax.transforms._dynamic import rigl as rigl
+from sparsejax.transforms._dynamic import (
+    sparse_evolutionary_training as sparse_evolutionary_training,
+)
+from sparsejax.transforms._fixed import gradual_magnitude as gradual_magnitude
+from sparsejax.transforms._fixed import static as static
 from sparsejax.transforms._leaves import default_leaf_filter as default_leaf_filter
 from sparsejax.transforms._sparsify import SparsifyState as SparsifyState
 from sparsejax.transforms._sparsify import get_masks as get_masks
@@ -13,12 +19,6 @@ from sparsejax.transforms._sparsify import is_update_step as is_update_step
 from sparsejax.transforms._sparsify import sparsify as sparsify
 from sparsejax.transforms._updater import MaskUpdate as MaskUpdate
 from sparsejax.transforms._updater import Updater as Updater
-from sparsejax.transforms._updaters import gradual_magnitude as gradual_magnitude
-from sparsejax.transforms._updaters import rigl as rigl
-from sparsejax.transforms._updaters import (
-    sparse_evolutionary_training as sparse_evolutionary_training,
-)
-from sparsejax.transforms._updaters import static as static
 
 __all__ = (
     "MaskUpdate",

@@ -84,6 +84,7 @@ def sparsify(
         lacks a leaf.
 
     Example:
+      >>> from sparsejax.transforms import gradual_magnitude
       >>> params = {"kernel": jnp.arange(1.0, 7.0).reshape(2, 3), "bias": jnp.ones(3)}
       >>> tx = sparsify(optax.sgd(0.1), gradual_magnitude(sparsity=0.5, end=0))
       >>> grads = jax.tree.map(jnp.ones_like, params)
@@ -154,17 +155,20 @@ def sparsify(
             )
 
         with jax.numpy_dtype_promotion("standard"):
-            settings: dict[str, Any] = {"policy": moments, "iterates": ()}
-            if moments != "zero":  # which treats moments and iterates alike
-                settings["iterates"] = _moments.find_iterates(inner.init, params)
+            iterates = _moments.find_iterates(inner.init, params)
             inner_state = _moments.settle(
-                state.inner_state, params, masks, old, **settings
+                state.inner_state,
+                params,
+                masks,
+                old,
+                policy=moments,
+                iterates=iterates,
             )
             masked = _map_named(_moments.keep_where, masks, updates)
             emitted, inner_state = inner.update(
                 masked, inner_state, params, **extra_args
             )
-            inner_state = _moments.sweep(inner_state, params, masks, **settings)
+            inner_state = _moments.sweep(inner_state, params, masks, iterates)
 
         def project(mask, update, param):
             # The wider dtype, because -param rounded to a narrower one is not -param.
@@ -201,6 +205,7 @@ def get_masks(opt_state: Any) -> Any:
       ValueError: No `SparsifyState` is inside.
 
     Example:
+      >>> from sparsejax.transforms import gradual_magnitude
       >>> tx = sparsify(optax.sgd(0.1), gradual_magnitude(sparsity=0.5, end=0))
       >>> print(get_masks(tx.init({"kernel": jnp.ones((1, 2))})))
       {'kernel': Array([[ True,  True]], dtype=bool)}
@@ -229,6 +234,7 @@ def is_update_step(opt_state: Any) -> Bool[Array, "..."]:
       ValueError: No `SparsifyState` is inside.
 
     Example:
+      >>> from sparsejax.transforms import gradual_magnitude
       >>> tx = sparsify(optax.sgd(0.1), gradual_magnitude(sparsity=0.5, end=0))
       >>> print(is_update_step(tx.init({"kernel": jnp.ones((1, 2))})))
       True

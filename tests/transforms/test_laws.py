@@ -31,11 +31,10 @@ INNER = {
     "rmsprop": lambda: optax.rmsprop(1e-3, momentum=0.9),
     "muon": lambda: optax.contrib.muon(1e-2),
     "schedule_free_adamw": lambda: optax.contrib.schedule_free_adamw(1e-2),
-    # Left to itself optax stores b2 = 0.999 in the dtype of the weights, where
-    # bfloat16 makes it 1 and Adam's bias correction 0 / 0.
-    "inject_hyperparams": lambda: optax.inject_hyperparams(
-        optax.adam, hyperparam_dtype=jnp.float32
-    )(learning_rate=optax.linear_schedule(1e-2, 0.0, 10)),
+    # b2 is stored in the dtype of the weights, and 0.999 would be 1 in bfloat16.
+    "inject_hyperparams": lambda: optax.inject_hyperparams(optax.adam)(
+        learning_rate=optax.linear_schedule(1e-2, 0.0, 10), b2=0.99
+    ),
     "MultiSteps inside": lambda: optax.MultiSteps(
         optax.adam(1e-2), 2
     ).gradient_transformation(),

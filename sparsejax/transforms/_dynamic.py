@@ -1,8 +1,7 @@
-"""Rules for masks: static, gradual magnitude, SET and RigL."""
+"""Rules that drop and grow at constant counts: SET and RigL."""
 
 import functools
 from collections.abc import Callable
-from fractions import Fraction
 from typing import Any
 
 import jax
@@ -10,136 +9,14 @@ import jax.numpy as jnp
 
 from sparsejax import masks as masks_lib
 from sparsejax import schedules
+from sparsejax.transforms._shared import (
+    Distribution,
+    all_finite,
+    density_from,
+    leaf_counts,
+    random_masks,
+)
 from sparsejax.transforms._updater import MaskUpdate, Updater
-
-Distribution = Callable[[Any, float], Any]
-
-
-def static(
-    *,
-    sparsity: float,
-    begin: int = 0,
-    end: int | None = None,
-    every: int = 1,
-    distribution: Distribution = masks_lib.uniform,
-    key: Any,
-) -> Updater:
-    """Random masks that never change.
-
-    Each leaf keeps `round(density * size)` weights, drawn once. The baseline that
-    any moving topology has to beat.
-
-    Args:
-      sparsity: Fraction of masked weights that is zero, in [0, 1].
-      begin: No effect; taken so that updaters can be exchanged.
-      end: No effect.
-      every: No effect.
-      distribution: `(shapes, density) -> densities` over leaves by name, such as
-        `masks.uniform` or `masks.erdos_renyi`.
-      key: PRNG key.
-
-    Returns:
-      An `Updater`.
-
-    Raises:
-      ValueError: `sparsity` is outside [0, 1].
-
-    Example:
-      >>> updater = static(sparsity=0.75, key=jax.random.key(0))
-      >>> masks, _ = updater.init({"w": jnp.ones((4, 4))}, updater.key)
-      >>> print(masks["w"].sum())
-      4
-    """
-    del begin, end, every
-    density = _density(sparsity)
-    keep = lambda now: (now.masks, now.memory, jnp.array(True))
-    return Updater(
-        range(0), functools.partial(_random_masks, density, distribution), keep, key
-    )
-
-
-def gradual_magnitude(
-    *,
-    sparsity: float,
-    initial_sparsity: float = 0.0,
-    begin: int = 0,
-    end: int,
-    every: int = 100,
-    distribution: Distribution = masks_lib.uniform,
-    key: Any = None,
-) -> Updater:
-    """Prunes the smallest weights step by step, along a cubic ramp.
-
-    Starts dense. At each update leaf l keeps the `round(d_l * size)` largest |w| of
-    those it still has, where the densities d_l share out `1 - sparsity(t)` and
-    `sparsity(t)` is `schedules.cubic_sparsity`: exactly `sparsity` at the last
-    update. Nothing grows back.
-
-    Args:
-      sparsity: Fraction of masked weights that is zero at the end, in [0, 1].
-      initial_sparsity: The same at the first update.
-      begin: First update, as a count of finished steps.
-      end: No update comes after it.
-      every: Steps between updates.
-      distribution: `(shapes, density) -> densities` over leaves by name.
-      key: No effect; taken so that updaters can be exchanged.
-
-    Returns:
-      An `Updater`.
-
-    Raises:
-      ValueError: A sparsity is outside [0, 1], the ramp would fall, or nothing would
-        ever be updated.
-
-    Example:
-      >>> updater = gradual_magnitude(sparsity=0.9, begin=100, end=1000)
-      >>> print(updater.steps)
-      range(100, 1001, 100)
-
-    References:
-      Zhu and Gupta, `To prune, or not to prune <https://arxiv.org/abs/1710.01878>`_,
-      2017.
-    """
-    del key
-    steps = schedules.update_steps(begin, end, every)
-    _density(sparsity)
-    _density(initial_sparsity, "initial_sparsity")
-    if initial_sparsity > sparsity:
-        raise ValueError(
-            f"initial_sparsity must be at most sparsity, {sparsity}, got "
-            f"{initial_sparsity}"
-        )
-    ramp = [
-        schedules.cubic_sparsity(
-            t,
-            initial=initial_sparsity,
-            final=sparsity,
-            begin=begin,
-            end=end,
-            every=every,
-        )
-        for t in steps
-    ]
-
-    def init(params, key):
-        del key
-        return {k: jnp.ones(w.shape, bool) for k, w in params.items()}, ()
-
-    def update(now: MaskUpdate):
-        # Counts are worked out on the host, exactly, and looked up by the step.
-        index = (now.step - steps[0]) // steps.step
-        tables = [_counts(now.params, _density(float(s)), distribution) for s in ramp]
-        masks = {
-            name: masks_lib.topk_mask(
-                jnp.abs(weight),
-                jnp.array([table[name] for table in tables], jnp.int32)[index],
-                where=now.masks[name],
-            )
-            for name, weight in now.params.items()
-        }
-        return masks, now.memory, _all_finite(now.params)
-
-    return Updater(steps, init, update)
 
 
 def sparse_evolutionary_training(
@@ -193,7 +70,13 @@ def sparse_evolutionary_training(
         return jax.random.uniform(key, now.masks[name].shape)
 
     return _drop_and_grow(
-        _density(sparsity), steps, distribution, key, fractions, grow, uses_scores=False
+        density_from(sparsity),
+        steps,
+        distribution,
+        key,
+        fractions,
+        grow,
+        uses_scores=False,
     )
 
 
@@ -253,7 +136,13 @@ def rigl(
     fractions = _fractions(drop_fraction, steps, end)
     grow = lambda now, index, name: jnp.abs(now.scores[name])
     return _drop_and_grow(
-        _density(sparsity), steps, distribution, key, fractions, grow, uses_scores=True
+        density_from(sparsity),
+        steps,
+        distribution,
+        key,
+        fractions,
+        grow,
+        uses_scores=True,
     )
 
 
@@ -270,7 +159,7 @@ def _drop_and_grow(
     """The update that SET and RigL share; `grow` gives the scores of growth."""
 
     def update(now: MaskUpdate):
-        counts = _counts(now.params, density, distribution)
+        counts = leaf_counts(now.params, density, distribution)
         # One fraction holds at all steps, several are looked up by the step.
         index = jnp.minimum((now.step - steps[0]) // steps.step, len(fractions) - 1)
         masks = {}
@@ -285,38 +174,13 @@ def _drop_and_grow(
             kept = masks_lib.topk_mask(jnp.abs(weight), count - drop, where=mask)
             grown = masks_lib.topk_mask(grow(now, i, name), drop, where=~mask)
             masks[name] = kept | grown
-        ok = _all_finite(now.params)
+        ok = all_finite(now.params)
         if uses_scores:
-            ok &= _all_finite(now.scores)
+            ok &= all_finite(now.scores)
         return masks, now.memory, ok
 
-    init = functools.partial(_random_masks, density, distribution)
+    init = functools.partial(random_masks, density, distribution)
     return Updater(steps, init, update, key)
-
-
-def _random_masks(
-    density: float, distribution: Distribution, params: dict[str, Any], key: Any
-) -> tuple[dict[str, Any], Any]:
-    masks = {}
-    for i, (name, count) in enumerate(_counts(params, density, distribution).items()):
-        draw = jax.random.uniform(jax.random.fold_in(key, i), params[name].shape)
-        masks[name] = masks_lib.topk_mask(draw, count)
-    return masks, ()
-
-
-def _counts(
-    params: dict[str, Any], density: float, distribution: Distribution
-) -> dict[str, int]:
-    """How many weights each leaf keeps: Python ints, from static shapes."""
-    shapes = {name: tuple(weight.shape) for name, weight in params.items()}
-    densities = distribution(shapes, density)
-    return {k: masks_lib.exact_count(densities[k], w.size) for k, w in params.items()}
-
-
-def _density(sparsity: float, argument: str = "sparsity") -> float:
-    """1 - sparsity in decimals: 0.1 for 0.9, where floats give 0.09999999999999998."""
-    masks_lib.check_density(sparsity, argument)
-    return float(1 - Fraction(repr(float(sparsity))))
 
 
 def _fractions(
@@ -335,8 +199,3 @@ def _fractions(
     for fraction in fractions:
         masks_lib.check_density(fraction, "drop_fraction")
     return fractions
-
-
-def _all_finite(leaves: dict[str, Any]) -> Any:
-    bad = [masks_lib.count_true(~jnp.isfinite(leaf)) for leaf in leaves.values()]
-    return sum(bad) == 0
