@@ -1,8 +1,8 @@
 """sparsejax: sparse models in JAX, from masks to kernels.
 
 ``layouts`` and ``masks`` say what is kept, ``ops`` multiplies, ``schedules`` and
-``transforms`` (optax) and ``topology`` change it during training, ``layers`` with ``nnx``
-and ``linen`` (Flax) are the modules, ``checkpoint`` (orbax) saves a run.
+``transforms`` (optax) and ``topology`` change it during training, ``layers`` with
+``nnx`` and ``linen`` (Flax) are the modules, ``checkpoint`` (orbax) saves a run.
 """
 
 import importlib

@@ -1,11 +1,11 @@
 """Chooses who computes an operator. Knows no operator.
 
 An operator keeps a literal dict of ``Implementation``s by name, "xla" among them. With
-``implementation=None`` every implementation whose ``check`` passes (on shapes, dtype and
-chip) is offered to the lowering, which takes the one of its platform, so the choice is
-right for arrays placed on a CPU, and for compilation ahead of time. It takes "xla" where
-none fits, and where XLA partitions the program by itself: a Mosaic kernel cannot be cut
-by it. A named implementation never falls back.
+``implementation=None`` every implementation whose ``check`` passes (on shapes, dtype
+and chip) is offered to the lowering, which takes the one of its platform, so the choice
+is right for arrays placed on a CPU, and for compilation ahead of time. It takes "xla"
+where none fits, and where XLA partitions the program by itself: a Mosaic kernel cannot
+be cut by it. A named implementation never falls back.
 """
 
 import contextlib
@@ -176,7 +176,7 @@ def current_platform() -> str:
     return "cuda" if platform == "gpu" else platform
 
 
-# --- The choice at lowering ------------------------------------------------------------
+# --- The choice at lowering -----------------------------------------------------------
 
 _choose_p = jex_core.Primitive("sparsejax_choose")
 _choose_p.multiple_results = True
@@ -275,7 +275,7 @@ def _batch(arrays, dims, *, branches, default, name):
 batching.primitive_batchers[_choose_p] = _batch
 
 
-# --- Under shard_map ---------------------------------------------------------------------
+# --- Under shard_map ------------------------------------------------------------------
 
 
 def varying_axes(a: jax.Array) -> frozenset[str]:
@@ -298,7 +298,7 @@ def vary_alike(*arrays: jax.Array) -> tuple[jax.Array, ...]:
     return tuple(mark(a) for a in arrays)
 
 
-# --- explain -------------------------------------------------------------------------------
+# --- explain --------------------------------------------------------------------------
 
 _recording: contextvars.ContextVar[list[Decision] | None] = contextvars.ContextVar(
     "sparsejax_decisions", default=None
@@ -345,10 +345,12 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
       others do not, and whether a dense product would be faster at this density.
     """
     if hasattr(fn, "lower"):  # jitted: it may have been traced before, unrecorded
-        fn = fn.__wrapped__
+        fn = getattr(fn, "__wrapped__")  # noqa: B009  # the type does not say it
     with _record() as decisions:
         leaves, tree = jax.tree.flatten((args, kwargs))
-        is_array = [hasattr(leaf, "shape") and hasattr(leaf, "dtype") for leaf in leaves]
+        is_array = [
+            hasattr(leaf, "shape") and hasattr(leaf, "dtype") for leaf in leaves
+        ]
 
         def run(arrays):
             arrays = iter(arrays)

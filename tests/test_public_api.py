@@ -53,7 +53,10 @@ def test_kernels_ship_beside_the_package():
     "module, absent",
     [
         ("sparsejax", ["flax", "orbax", "jax.experimental.pallas", "triton"]),
-        ("sparsejax.transforms", ["flax", "orbax", "jax.experimental.pallas", "triton"]),
+        (
+            "sparsejax.transforms",
+            ["flax", "orbax", "jax.experimental.pallas", "triton"],
+        ),
         ("sparsejax.nnx", ["orbax.checkpoint.v1", "jax.experimental.pallas", "triton"]),
     ],
 )
@@ -74,4 +77,4 @@ def test_on_demand_packages():
     assert sparsejax.nnx.MaskedLinear and sparsejax.linen.MaskedLinear
     assert sparsejax.checkpoint
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
-        sparsejax.nonsense
+        getattr(sparsejax, "nonsense")  # noqa: B009

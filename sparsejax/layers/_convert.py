@@ -21,9 +21,9 @@ def convert(
 
     A parameter ``kernel`` is sparse if the topology has ``kernel_layout`` or
     ``kernel_mask`` beside its path. Forms: dense ``[k, n]`` with zeros, no topology;
-    masked, ``[k, n]`` with zeros and a mask; block, ``[capacity, bk, bn]`` and a layout.
-    Values do not change, so a model computes the same in every form. Leading axes of
-    layers under scan stay.
+    masked, ``[k, n]`` with zeros and a mask; block, ``[capacity, bk, bn]`` and a
+    layout. Values do not change, so a model computes the same in every form. Leading
+    axes of layers under scan stay.
 
     Args:
       params: Nested dicts of arrays (``nnx.to_pure_dict`` of a state, or Linen's
@@ -106,8 +106,8 @@ def _to_dense(name, kernel, where):
         return _over_stack(scatter_blocks, stack)(kernel, where)
     if kernel.shape[stack:] != where.shape:
         raise ValueError(
-            f"{name}: got shape {kernel.shape}, needed {where.blocks_shape} (blocks) or "
-            f"{where.shape} (dense) of its layout"
+            f"{name}: got shape {kernel.shape}, needed {where.blocks_shape} (blocks) "
+            f"or {where.shape} (dense) of its layout"
         )
     return jnp.where(_element_mask(where), kernel, jnp.zeros((), kernel.dtype))
 
@@ -131,7 +131,7 @@ def _layout_of(name, mask, block_shape):
     lead = mask.shape[:-2]
     edges = [(0, 0)] * len(lead) + [(0, kb * bk - k), (0, nb * bn - n)]
     tiles = np.pad(np.asarray(mask), edges).reshape(-1, kb, bk, nb, bn)
-    kept = tiles.any(axis=(2, 4))
+    kept = np.any(tiles, axis=(2, 4))
     capacity = int(kept.sum(axis=(1, 2)).max()) if kept.size else 0
     layouts = [
         BlockLayout.from_mask(each, (bk, bn), capacity=capacity, shape=(k, n))

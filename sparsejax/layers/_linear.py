@@ -116,9 +116,7 @@ def apply_masked_linear(
     """
     dtype = spec.dtype or jnp.promote_types(x.dtype, params["kernel"].dtype)
     kernel = params["kernel"].astype(dtype)
-    y = masked_matmul(
-        x.astype(dtype), kernel, mask, implementation=spec.implementation
-    )
+    y = masked_matmul(x.astype(dtype), kernel, mask, implementation=spec.implementation)
     return _add_bias(spec, params, y)
 
 

@@ -7,12 +7,13 @@ mask
 layout
     Where the stored blocks are (``BlockLayout``).
 block
-    The unit of sparsity: bk x bn neighbouring entries that are kept or dropped together.
+    The unit of sparsity: bk x bn neighbouring entries that are kept or dropped
+    together.
 tile
     What one program instance of a kernel loads. Never a synonym of block.
 slot
-    One place for a block in the stored array ``blocks [capacity, bk, bn]``. Slots beyond
-    the layout's count are padding: they hold no block and take no part.
+    One place for a block in the stored array ``blocks [capacity, bk, bn]``. Slots
+    beyond the layout's count are padding: they hold no block and take no part.
 density, sparsity
     Fraction kept; 1 - density.
 topology

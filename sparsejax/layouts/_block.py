@@ -18,19 +18,20 @@ class BlockLayout:
     A pytree: ``rows`` and ``cols`` are leaves, the rest is static. A change of the
     places, or of how many there are within ``capacity``, does not recompile.
 
-    Slots are sorted by (block column, block row). A slot beyond the count is padding and
-    stands one past the grid, ``rows = kb`` and ``cols = nb``, where kb = ceil(k / bk) and
-    nb = ceil(n / bn). Make one by ``from_mask`` or ``random``.
+    Slots are sorted by (block column, block row). A slot beyond the count is padding
+    and stands one past the grid, ``rows = kb`` and ``cols = nb``, where kb = ceil(k /
+    bk) and nb = ceil(n / bn). Make one by ``from_mask`` or ``random``.
 
     Attributes:
       rows: int32 array ``[capacity]``, block row of each slot.
       cols: int32 array ``[capacity]``, block column of each slot.
-      shape: (k, n) of the matrix. Blocks at an edge that the block does not divide reach
-        over it; what they hold there takes no part.
+      shape: (k, n) of the matrix. Blocks at an edge that the block does not divide
+        reach over it; what they hold there takes no part.
       block_shape: (bk, bn).
     """
 
-    # Not annotated with shapes: a pytree's leaves may be anything while JAX rebuilds it.
+    # Not annotated with shapes: a pytree's leaves may be anything while JAX rebuilds
+    # it.
     rows: Any
     cols: Any
     shape: tuple[int, int] = dataclasses.field(metadata={"static": True})
@@ -50,10 +51,10 @@ class BlockLayout:
         Args:
           block_mask: Boolean ``[kb, nb]``, one entry per block.
           block_shape: (bk, bn).
-          capacity: Number of slots; default, the number of kept blocks. Needed where the
-            mask is traced, since shapes are static. A traced mask with more kept blocks
-            than slots loses the last ones: ``check_layout`` cannot see that, the caller
-            must not let it happen.
+          capacity: Number of slots; default, the number of kept blocks. Needed where
+            the mask is traced, since shapes are static. A traced mask with more kept
+            blocks than slots loses the last ones: ``check_layout`` cannot see that, the
+            caller must not let it happen.
           shape: (k, n) where the blocks do not divide it; default (kb * bk, nb * bn).
 
         Returns:
@@ -208,8 +209,8 @@ def check_layout(layout: BlockLayout) -> None:
     """Raises where the indices of a layout are out of range, unsorted or repeated.
 
     Args:
-      layout: Concrete, or traced inside a function that ``checkify.checkify`` wraps: the
-        check is then part of its error value.
+      layout: Concrete, or traced inside a function that ``checkify.checkify`` wraps:
+        the check is then part of its error value.
 
     Raises:
       ValueError: A concrete layout is not valid. The message names the first bad slot.
@@ -242,8 +243,8 @@ def check_layout(layout: BlockLayout) -> None:
         slot = tuple(int(i) for i in np.argwhere(~fine)[0])
         raise ValueError(
             f"layout: slot {slot[-1]} has block row {int(rows[slot])} and block column "
-            f"{int(cols[slot])}; needed indices inside the grid {layout.grid}, sorted by "
-            "(column, row), none repeated, padding at the end"
+            f"{int(cols[slot])}; needed indices inside the grid {layout.grid}, sorted "
+            "by (column, row), none repeated, padding at the end"
         )
 
 

@@ -1,8 +1,8 @@
 """Flax Linen modules: variables around ``sparsejax.layers``, no arithmetic.
 
 Collections: "params" for kernel and bias, "topology" for ``kernel_mask`` and
-``kernel_layout``, "probes" for the zeros whose gradient is the growth score; the last may
-be left out when a module is applied.
+``kernel_layout``, "probes" for the zeros whose gradient is the growth score; the last
+may be left out when a module is applied.
 """
 
 from sparsejax.linen._linear import BlockSparseLinear as BlockSparseLinear

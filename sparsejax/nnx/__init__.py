@@ -2,7 +2,8 @@
 
 Variables: ``nnx.Param`` for kernel and bias; ``Mask`` and ``Layout`` hold the topology,
 ``GrowthProbe`` the zeros whose gradient is the growth score. So
-``nnx.split(model, nnx.Param, Layout, GrowthProbe, ...)`` gives what a topology step needs.
+``nnx.split(model, nnx.Param, Layout, GrowthProbe, ...)`` gives what a topology step
+needs.
 """
 
 from sparsejax.nnx._linear import BlockSparseLinear as BlockSparseLinear

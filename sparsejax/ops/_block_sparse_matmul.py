@@ -81,8 +81,8 @@ def block_sparse_matmul(
     check_blocks(blocks, layout)
     if x.ndim < 1 or x.shape[-1] != layout.shape[0]:
         raise ValueError(
-            f"x: got shape {x.shape}, needed [..., {layout.shape[0]}]: the layout is of "
-            f"a {layout.shape} matrix"
+            f"x: got shape {x.shape}, needed [..., {layout.shape[0]}]: the layout is "
+            f"of a {layout.shape} matrix"
         )
     check_floating(x=x, blocks=blocks)
     static = _static(implementation, dtype, x, blocks)
@@ -107,9 +107,9 @@ def sampled_matmul(
 ) -> Float[Array, "capacity bk bn"]:
     """Computes the blocks of ``x^T y`` that a layout stores, and no others.
 
-    ``blocks[s] = x[..., rows[s]]^T y[..., cols[s]]``, summed over all leading axes, where
-    rows[s] and cols[s] stand for the block's whole range. Work is proportional to the
-    number of stored blocks. The weight gradient of ``block_sparse_matmul``.
+    ``blocks[s] = x[..., rows[s]]^T y[..., cols[s]]``, summed over all leading axes,
+    where rows[s] and cols[s] stand for the block's whole range. Work is proportional to
+    the number of stored blocks. The weight gradient of ``block_sparse_matmul``.
 
     Args:
       x: ``[..., k]``, in most uses ``[m, k]``.
@@ -172,12 +172,12 @@ def block_sparse_matmul_reference(
     """
     (kb, nb), (bk, bn) = layout.grid, layout.block_shape
     dtype = jnp.promote_types(x.dtype, blocks.dtype)
-    tiles = pad_to(x.astype(dtype), kb * bk).reshape(*x.shape[:-1], kb, bk)
+    wide = accumulator(dtype)
+    tiles = pad_to(x.astype(wide), kb * bk).reshape(*x.shape[:-1], kb, bk)
     terms = jnp.einsum(
         "...sk,skn->...sn",
         tiles.at[..., layout.rows, :].get(mode="fill", fill_value=0),
-        blocks.astype(dtype),
-        preferred_element_type=accumulator(dtype),
+        blocks.astype(wide),
     )
     y = jnp.zeros((*x.shape[:-1], nb, bn), terms.dtype)
     y = y.at[..., layout.cols, :].add(terms, mode="drop")
@@ -193,17 +193,17 @@ def sampled_matmul_reference(
     """
     (kb, nb), (bk, bn) = layout.grid, layout.block_shape
     dtype = jnp.promote_types(x.dtype, y.dtype)
-    x_tiles = _as_rows(x.astype(dtype), kb * bk).reshape(-1, kb, bk)
-    y_tiles = _as_rows(y.astype(dtype), nb * bn).reshape(-1, nb, bn)
+    wide = accumulator(dtype)
+    x_tiles = _as_rows(x.astype(wide), kb * bk).reshape(-1, kb, bk)
+    y_tiles = _as_rows(y.astype(wide), nb * bn).reshape(-1, nb, bn)
     return jnp.einsum(
         "msk,msn->skn",
         x_tiles.at[:, layout.rows].get(mode="fill", fill_value=0),
         y_tiles.at[:, layout.cols].get(mode="fill", fill_value=0),
-        preferred_element_type=accumulator(dtype),
     ).astype(dtype)
 
 
-# --- The three products, each with its derivative --------------------------------------
+# --- The three products, each with its derivative -------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -279,7 +279,7 @@ _transposed_product.defvjp(_keep(_transposed_product), _transposed_product_bwd)
 _sampled.defvjp(_keep(_sampled), _sampled_bwd)
 
 
-# --- Calls of the kernels ---------------------------------------------------------------
+# --- Calls of the kernels -------------------------------------------------------------
 
 
 @_dispatch.jit
@@ -454,7 +454,7 @@ SDD = {
 }
 
 
-# --- Operands ---------------------------------------------------------------------------
+# --- Operands -------------------------------------------------------------------------
 
 
 def _static(choice, dtype, a, b):
@@ -468,7 +468,7 @@ def _as_rows(x, width):
 
 
 def _prepare(layout, a, b, pad_blocks=True):
-    """Operands that a kernel takes: at least one slot and one row; alike under shard_map.
+    """Operands that a kernel takes: one slot and one row at least, varying alike.
 
     TPU and GPU have no empty arrays; a row of zeros and a slot of padding add nothing.
     """
@@ -482,4 +482,3 @@ def _prepare(layout, a, b, pad_blocks=True):
         b = b if pad_blocks else jnp.zeros((1, b.shape[1]), b.dtype)
     a, b, rows, cols = _dispatch.vary_alike(a, b, layout.rows, layout.cols)
     return a, b, dataclasses.replace(layout, rows=rows, cols=cols)
-

@@ -26,8 +26,8 @@ def over_explicit_axes(fn, x, *operands, keep_rows):
     A Mosaic kernel cannot be partitioned by XLA; with explicit axes the types tell how
     x is cut, so the cut can be made by hand. x keeps the cut of its leading axes, its
     last axis and all other operands are brought together; a second operand with x's
-    leading axes (``keep_rows=False``: a product that sums over rows) is cut as x is, and
-    the result is summed over those axes.
+    leading axes (``keep_rows=False``: a product that sums over rows) is cut as x is,
+    and the result is summed over those axes.
     """
     mesh = jax.sharding.get_abstract_mesh()
     explicit = () if mesh.empty else mesh.explicit_axes

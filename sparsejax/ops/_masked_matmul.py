@@ -17,15 +17,17 @@ def masked_matmul(
 ) -> Float[Array, "*batch n"]:
     """Multiplies by the kept entries of a dense matrix.
 
-    ``y[..., j] = sum_i x[..., i] mask[i, j] w[i, j]``. Costs as much as the dense product:
-    it is the form to research masks with, and what the sparse products are compared to.
+    ``y[..., j] = sum_i x[..., i] mask[i, j] w[i, j]``. Costs as much as the dense
+    product: it is the form to research masks with, and what the sparse products are
+      compared to.
 
     Args:
       x: Activations ``[..., k]``; float32, bfloat16, float16 (float64 on CPU).
       w: Weight ``[k, n]``.
       mask: True where kept. A pruned entry takes no part, not even an infinite one, and
         has gradient zero: a method that grows by gradients takes them from the dense
-        product of weights that are zero already (``transforms.sparsify`` keeps them so).
+        product of weights that are zero already (``transforms.sparsify`` keeps them
+        so).
       implementation: "xla" or None, which are the same.
 
     Returns:

@@ -1,4 +1,4 @@
-"""RigL on blocks: drop the weakest stored blocks, grow where the gradient is largest."""
+"""RigL on blocks: drop the weakest, grow where the gradient is largest."""
 
 from typing import Any
 
@@ -21,11 +21,12 @@ def rigl_blocks(
 ) -> tuple[Float[Array, "capacity bk bn"], BlockLayout, Any]:
     """Moves a fraction of the stored blocks to where the gradient is largest.
 
-    With c stored blocks, e empty places and ``d = min(round(fraction c), e)``: drops the d
-    blocks of smallest Frobenius norm, then grows, among the places that were empty
-    before, the d of largest score. So nothing dropped is grown again in the same step,
-    and the count stays. Of equals the first is kept, the first is grown. Grown blocks and their moments are
-    zero; all others keep their values bit for bit. Costs one pass over the blocks.
+    With c stored blocks, e empty places and ``d = min(round(fraction c), e)``: drops
+    the d blocks of smallest Frobenius norm, then grows, among the places that were
+    empty before, the d of largest score. So nothing dropped is grown again in the same
+    step, and the count stays. Of equals the first is kept, the first is grown. Grown
+    blocks and their moments are zero; all others keep their values bit for bit. Costs
+    one pass over the blocks.
 
     Args:
       blocks: Stored blocks ``[capacity, bk, bn]``.
@@ -33,8 +34,8 @@ def rigl_blocks(
       scores: ``[kb, nb]``: norms of the dense gradient's blocks, from
         ``block_scores`` or the gradient of a ``growth_probe``.
       fraction: Of the stored blocks to move, in [0, 1]; a number or a traced scalar.
-      moments: Pytree of arrays ``[capacity, ...]`` that belong to the blocks, such as an
-        optimizer's moments; they move along.
+      moments: Pytree of arrays ``[capacity, ...]`` that belong to the blocks, such as
+        an optimizer's moments; they move along.
 
     Returns:
       (blocks, layout, moments) of equal shapes. Where a score or a block is not finite
@@ -63,8 +64,8 @@ def rigl_blocks(
     for leaf in jax.tree.leaves(moments):
         if leaf.shape[:1] != (layout.capacity,):
             raise ValueError(
-                f"moments: got a leaf of shape {leaf.shape}, needed [capacity, ...] with "
-                f"capacity {layout.capacity}"
+                f"moments: got a leaf of shape {leaf.shape}, needed [capacity, ...] "
+                f"with capacity {layout.capacity}"
             )
     if layout.capacity == 0:
         return blocks, layout, moments

@@ -1,4 +1,4 @@
-"""How much every block, stored or not, would gain: norms of the dense gradient's blocks."""
+"""What growing a block would be worth: norms of the dense gradient's blocks."""
 
 import functools
 
@@ -44,8 +44,8 @@ def block_scores(
       gradient; blocks in place of single weights are ours.
 
     Note:
-      Inside shard_map, where rows are spread over devices, the norms must be of the sum:
-      ``growth_probe`` sees to that.
+      Inside shard_map, where rows are spread over devices, the norms must be of the
+      sum: ``growth_probe`` sees to that.
     """
     if x.shape[-1] != layout.shape[0] or dy.shape != (*x.shape[:-1], layout.shape[1]):
         raise ValueError(
@@ -66,7 +66,8 @@ def _scores(x, dy, layout, axes):
     def strip(r):
         x_r = jax.lax.dynamic_slice_in_dim(x, r * bk, bk, axis=1)
         g = jnp.matmul(x_r.T, dy, preferred_element_type=jnp.float32)
-        # Signed gradients are summed over devices before the norm, or noise would count.
+        # Signed gradients are summed over devices before the norm, or noise would
+        # count.
         g = jax.lax.psum(g, axes) if axes else g
         return jnp.sum(jnp.square(g.reshape(bk, nb, bn)), axis=(0, 2))
 
@@ -79,12 +80,12 @@ def growth_probe(
     probe: Float[Array, "kb nb"],
     layout: BlockLayout,
 ) -> Float[Array, "*batch n"]:
-    """Returns ``y`` unchanged; the gradient in ``probe`` is defined as ``block_scores``.
+    """Returns ``y`` unchanged; its gradient in ``probe`` is ``block_scores``.
 
     With ``y = x w``, differentiating a loss with respect to ``probe`` gives
-    ``block_scores(x, dloss/dy, layout)``: what growing a block would be worth, collected
-    from any depth of a model, under scan and checkpoint, by ``jax.grad`` alone. Nothing
-    is computed for it where that gradient is not asked for.
+    ``block_scores(x, dloss/dy, layout)``: what growing a block would be worth,
+    collected from any depth of a model, under scan and checkpoint, by ``jax.grad``
+    alone. Nothing is computed for it where that gradient is not asked for.
 
     Args:
       y: Output of a block-sparse product ``[..., n]``.
@@ -95,7 +96,8 @@ def growth_probe(
     Returns:
       y.
     """
-    # Rows that shard_map spreads over axes which the probe does not vary over are summed.
+    # Rows that shard_map spreads over axes which the probe does not vary over are
+    # summed.
     axes = (varying_axes(x) | varying_axes(y)) - varying_axes(probe)
     static = layout.shape, layout.block_shape, tuple(sorted(axes))
     return _probe(static, y, x, probe, layout.rows, layout.cols)

@@ -19,16 +19,16 @@ def step(
     ``kernel_probe`` beside ``kernel``, are understood. An array of the optimizer state
     belongs to the parameter whose path ends its own, if its shape is the parameter's:
     true of moments in every optax optimizer, also inside chain, masked, partition,
-    MultiSteps or inject_hyperparams. State of other shapes (Adafactor's factors) and all
-    other parameters come back as they are.
+    MultiSteps or inject_hyperparams. State of other shapes (Adafactor's factors) and
+    all other parameters come back as they are.
 
     Args:
-      params: Parameters, any pytree; stored blocks are leaves ``[capacity, bk, bn]``, or
-        ``[layers, capacity, bk, bn]`` for layers under scan.
+      params: Parameters, any pytree; stored blocks are leaves ``[capacity, bk, bn]``,
+        or ``[layers, capacity, bk, bn]`` for layers under scan.
       layouts: Pytree of BlockLayouts.
       opt_state: Any optax state, or any pytree.
-      scores: Pytree of ``[kb, nb]`` (``[layers, kb, nb]``) arrays, as from differentiating
-        with respect to the growth probes.
+      scores: Pytree of ``[kb, nb]`` (``[layers, kb, nb]``) arrays, as from
+        differentiating with respect to the growth probes.
       fraction: Of the stored blocks to move, in [0, 1].
 
     Returns:
@@ -97,7 +97,7 @@ def _by_path(tree, is_leaf=None):
 
 
 def _plain(path: KeyPath) -> tuple[str, ...]:
-    """A path as words, without a Flax variable's own level and the modules' suffixes."""
+    """A path as words, without a Flax variable's level and the modules' suffixes."""
     words = []
     for key in path:
         for field in ("key", "name", "idx"):

@@ -53,14 +53,19 @@ def test_a_layer_computes_the_same_in_every_form():
         masked_spec, masked, masks["kernel_mask"], x
     )
     np.testing.assert_allclose(y_masked, y, rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(x @ masked["kernel"] + masked["bias"], y, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(
+        x @ masked["kernel"] + masked["bias"], y, rtol=1e-5, atol=1e-5
+    )
 
 
 def test_a_mask_that_is_not_of_blocks_keeps_its_zeros():
     """Blocks with any kept entry are stored; what was pruned inside them is zero."""
     mask = jnp.zeros((16, 16), bool).at[0, 0].set(True).at[9, 3].set(True)
     params, layouts = convert(
-        {"kernel": jnp.ones((16, 16))}, {"kernel_mask": mask}, to="block", block_shape=(8, 8)
+        {"kernel": jnp.ones((16, 16))},
+        {"kernel_mask": mask},
+        to="block",
+        block_shape=(8, 8),
     )
     assert params["kernel"].shape == (2, 8, 8)
     dense, _ = convert(params, layouts, to="dense")
@@ -71,7 +76,9 @@ def test_errors():
     _, params, topology = model()
     with pytest.raises(ValueError, match="to: got 'csr', needed"):
         convert(params, topology, to="csr")
-    with pytest.raises(ValueError, match=r"topology: \['down'\] belong to no parameter"):
+    with pytest.raises(
+        ValueError, match=r"topology: \['down'\] belong to no parameter"
+    ):
         convert(params, {"down": topology["up"]}, to="dense")
     masked, masks = convert(params, topology, to="masked")
     with pytest.raises(ValueError, match="block_shape: got None, needed"):

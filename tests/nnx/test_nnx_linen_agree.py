@@ -28,7 +28,9 @@ CASES = {
 
 def both(case, in_features=64, out_features=96):
     name, kwargs = case.split()[0], CASES[case][1]
-    module = getattr(sj.nnx, name)(in_features, out_features, rngs=nnx.Rngs(0), **kwargs)
+    module = getattr(sj.nnx, name)(
+        in_features, out_features, rngs=nnx.Rngs(0), **kwargs
+    )
     return module, getattr(sj.linen, name)(in_features, out_features, **kwargs)
 
 
@@ -105,7 +107,9 @@ def test_under_linen_scan():
     class Layer(nn.Module):
         @nn.compact
         def __call__(self, x, _):
-            layer = sj.linen.BlockSparseLinear(64, 64, block_shape=(16, 16), sparsity=0.5)
+            layer = sj.linen.BlockSparseLinear(
+                64, 64, block_shape=(16, 16), sparsity=0.5
+            )
             return jnp.tanh(layer(x)), None
 
     stack = nn.scan(
@@ -136,7 +140,9 @@ def test_a_topology_step_on_a_module():
 
     @jax.jit
     def topology_step(params, layouts, moments):
-        loss = lambda probes: jnp.sum(nnx.merge(graphdef, params, layouts, probes)(x) ** 2)
+        loss = lambda probes: jnp.sum(
+            nnx.merge(graphdef, params, layouts, probes)(x) ** 2
+        )
         scores = jax.grad(loss)(probes)
         return sj.topology.step(params, layouts, moments, scores, fraction=0.3)
 
@@ -160,7 +166,12 @@ def test_bad_arguments():
             8, 8, block_shape=(0, 8), sparsity=0.5, rngs=nnx.Rngs(0)
         )
     layer = sj.nnx.BlockSparseLinear(
-        64, 64, block_shape=(16, 16), sparsity=0.5, implementation="gpu", rngs=nnx.Rngs(0)
+        64,
+        64,
+        block_shape=(16, 16),
+        sparsity=0.5,
+        implementation="gpu",
+        rngs=nnx.Rngs(0),
     )
     with pytest.raises(ValueError, match="implementation: got 'gpu', needed"):
         layer(jnp.ones((2, 64)))

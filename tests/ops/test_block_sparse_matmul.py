@@ -23,9 +23,7 @@ from sparsejax.testing import assert_close, interpreted
 
 NEW_PALLAS = tuple(int(v) for v in jax.__version__.split(".")[:2]) >= (0, 11)
 # Mosaic GPU has an interpreter from jax 0.11 on; before, only the compile tests see it.
-IMPLEMENTATIONS = [
-    name for name in DSD if name != "mosaic_gpu" or NEW_PALLAS
-]
+IMPLEMENTATIONS = [name for name in DSD if name != "mosaic_gpu" or NEW_PALLAS]
 KERNELS = [name for name in IMPLEMENTATIONS if name != "xla"]
 
 # name: (m, (k, n), block, density, spare slots, dtype)
@@ -316,7 +314,9 @@ def test_shard_map_over_eight_devices(implementation):
     )
     if implementation in (None, "xla"):
         dx, db = jax.jit(jax.grad(mapped, (0, 1)))(x, blocks, dy)
-        assert_close(dx, f64(dy) @ dense(blocks, layout).T, _low(x, blocks, layout, dy)[0])
+        assert_close(
+            dx, f64(dy) @ dense(blocks, layout).T, _low(x, blocks, layout, dy)[0]
+        )
         want = cut(f64(x).T @ f64(dy), layout)
         # Eight partial sums are rounded to bfloat16 each, then added.
         assert_close(db, want, _low_in_eighths(x, blocks, layout, dy))
@@ -367,7 +367,9 @@ def test_jit_over_a_mesh_with_explicit_axes():
     assert_close(y, f64(x) @ w, low_product(x, blocks, layout))
     assert_close(dx, f64(dy) @ w.T, low_dx)
     want = cut(f64(x).T @ f64(dy), layout)
-    parts = [_low(x[i : i + 6], blocks, layout, dy[i : i + 6])[1] for i in (0, 6, 12, 18)]
+    parts = [
+        _low(x[i : i + 6], blocks, layout, dy[i : i + 6])[1] for i in (0, 6, 12, 18)
+    ]
     low = functools.reduce(lambda a, b: a + b, parts)
     assert_close(db, want, low)
     assert_close(sampled, want, low)
@@ -385,7 +387,9 @@ def test_master_blocks_get_their_gradient_unrounded():
     assert np.abs(f64(db) - exact).max() < 1e-5 * np.abs(exact).max()
 
 
-@pytest.mark.parametrize("name", ["square16", "ragged_edges_f32", "nothing_but_padding"])
+@pytest.mark.parametrize(
+    "name", ["square16", "ragged_edges_f32", "nothing_but_padding"]
+)
 def test_references(name):
     layout, x, blocks, dy = case(name)
     y = block_sparse_matmul_reference(x, blocks, layout)
@@ -411,7 +415,7 @@ def test_no_array_of_weight_shape():
     assert "[512,2048]" in jaxpr  # the pattern would match
 
 
-# --- Bad input ----------------------------------------------------------------------------
+# --- Bad input ------------------------------------------------------------------------
 
 
 def test_bad_input_names_argument_got_and_needed():

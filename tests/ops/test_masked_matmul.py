@@ -43,11 +43,15 @@ def test_errors():
     x, w, mask = jnp.ones((3, 4)), jnp.ones((4, 5)), jnp.ones((4, 5), bool)
     with pytest.raises(ValueError, match=r"x: got shape \(3, 4\) with w \(5, 4\)"):
         masked_matmul(x, w.T, mask)
-    with pytest.raises(ValueError, match=r"mask: got bool \(5, 4\), needed bool \(4, 5\)"):
+    with pytest.raises(
+        ValueError, match=r"mask: got bool \(5, 4\), needed bool \(4, 5\)"
+    ):
         masked_matmul(x, w, mask.T)
     with pytest.raises(ValueError, match="mask: got float32"):
         masked_matmul(x, w, mask.astype(jnp.float32))
     with pytest.raises(ValueError, match="x: got dtype int32"):
         masked_matmul(x.astype(jnp.int32), w, mask)
-    with pytest.raises(ValueError, match="implementation: got 'mosaic_tpu', needed 'xla'"):
+    with pytest.raises(
+        ValueError, match="implementation: got 'mosaic_tpu', needed 'xla'"
+    ):
         masked_matmul(x, w, mask, implementation="mosaic_tpu")

@@ -68,22 +68,26 @@ def test_rigl_blocks_never_regrows_what_it_drops():
     scores = jnp.where(layout.to_mask(), 1e6, 1.0)
     _, moved, _ = rigl_blocks(blocks, layout, scores, fraction=0.5)
     before, after = np.asarray(layout.to_mask()), np.asarray(moved.to_mask())
-    assert (before & ~after).sum() == (after & ~before).sum() == round(0.5 * before.sum())
+    assert (
+        (before & ~after).sum() == (after & ~before).sum() == round(0.5 * before.sum())
+    )
 
 
 @pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
 def test_rigl_blocks_keeps_the_layout_where_scores_are_not_finite(bad):
     blocks, layout, scores = make()
-    new, moved, _ = rigl_blocks(
-        blocks, layout, scores.at[0, 0].set(bad), fraction=0.5
-    )
+    new, moved, _ = rigl_blocks(blocks, layout, scores.at[0, 0].set(bad), fraction=0.5)
     np.testing.assert_array_equal(moved.to_mask(), layout.to_mask())
-    np.testing.assert_array_equal(scatter_blocks(new, moved), scatter_blocks(blocks, layout))
+    np.testing.assert_array_equal(
+        scatter_blocks(new, moved), scatter_blocks(blocks, layout)
+    )
 
 
 def test_rigl_blocks_errors():
     blocks, layout, scores = make()
-    with pytest.raises(ValueError, match=r"scores: got shape \(2, 2\), needed \(5, 6\)"):
+    with pytest.raises(
+        ValueError, match=r"scores: got shape \(2, 2\), needed \(5, 6\)"
+    ):
         rigl_blocks(blocks, layout, scores[:2, :2], fraction=0.1)
     with pytest.raises(ValueError, match="fraction: got 1.1"):
         rigl_blocks(blocks, layout, scores, fraction=1.1)
@@ -95,7 +99,9 @@ def test_block_scores():
     rng = np.random.default_rng(0)
     x, dy = rng.standard_normal((2, 9, 20)), rng.standard_normal((2, 9, 30))
     layout = BlockLayout.random(jax.random.key(0), (20, 30), (8, 16), density=0.5)
-    got = block_scores(jnp.asarray(x, jnp.float32), jnp.asarray(dy, jnp.float32), layout)
+    got = block_scores(
+        jnp.asarray(x, jnp.float32), jnp.asarray(dy, jnp.float32), layout
+    )
     g = np.pad(np.einsum("abk,abn->kn", x, dy), ((0, 4), (0, 2)))
     want = np.sqrt((g.reshape(3, 8, 2, 16) ** 2).sum((1, 3)))
     np.testing.assert_allclose(got, want, rtol=1e-5)
@@ -181,13 +187,18 @@ def test_step_moves_a_whole_model_with_any_optimizer_state(name):
         "down": {"kernel": down},
         "kernel": jnp.ones((3, 5)),  # ends the other paths, and is not sparse
     }
-    layouts = {"up": {"kernel_layout": up_layout}, "down": {"kernel_layout": down_layout}}
+    layouts = {
+        "up": {"kernel_layout": up_layout},
+        "down": {"kernel_layout": down_layout},
+    }
     scores = {"up": {"kernel_probe": up_scores}, "down": {"kernel_probe": down_scores}}
     with jax.numpy_dtype_promotion("standard"):
         state = tx.init(params)
     # A moment that says where it belongs: three times the parameter.
     shapes = {up.shape: up, down.shape: down}
-    state = jax.tree.map(lambda a: 3 * shapes[a.shape] if a.shape in shapes else a, state)
+    state = jax.tree.map(
+        lambda a: 3 * shapes[a.shape] if a.shape in shapes else a, state
+    )
 
     run = jax.jit(lambda *args: step(*args, fraction=0.3))
     new_params, new_layouts, new_state = run(params, layouts, state, scores)
@@ -201,7 +212,9 @@ def test_step_moves_a_whole_model_with_any_optimizer_state(name):
     moved = {a.shape: a for a in jax.tree.leaves(new_params) if a.shape in shapes}
     assert jax.tree.structure(new_state) == jax.tree.structure(state)
     moments = 0
-    for old, new in zip(jax.tree.leaves(state), jax.tree.leaves(new_state), strict=True):
+    for old, new in zip(
+        jax.tree.leaves(state), jax.tree.leaves(new_state), strict=True
+    ):
         assert old.shape == new.shape and old.dtype == new.dtype
         if old.shape in shapes:
             moments += 1
@@ -216,7 +229,9 @@ def test_step_moves_a_whole_model_with_any_optimizer_state(name):
 def test_step_errors():
     blocks, layout, scores = make()
     with pytest.raises(ValueError, match="layouts: up/kernel belongs to no parameter"):
-        step({"kernel": blocks}, {"up": {"kernel_layout": layout}}, (), {}, fraction=0.1)
+        step(
+            {"kernel": blocks}, {"up": {"kernel_layout": layout}}, (), {}, fraction=0.1
+        )
     with pytest.raises(ValueError, match="scores: none for kernel"):
         step({"kernel": blocks}, {"kernel": layout}, (), {}, fraction=0.1)
     new, _, _ = step(
