@@ -18,6 +18,11 @@ from jax import lax
 
 from sparsejax._dispatch import vary_alike
 
+# Entries of a strip of x or y that one step works on: 2 MiB of float32. Longer ones
+# are copied through memory: with blocks of 128, 4096 rows at a time are 1.4 times as
+# fast as 32768 in dsd, twice as fast in sdd.
+_STRIP = 2**19
+
 
 def dsd(x, blocks, order, source, ptr, *, transpose):
     """Computes y[:, j] = sum over p of x[:, source[p]] @ b[order[p]].
@@ -34,28 +39,33 @@ def dsd(x, blocks, order, source, ptr, *, transpose):
       y [m, tiles_out * side_out], of the dtype of x.
     """
     side_in, side_out = blocks.shape[:0:-1] if transpose else blocks.shape[1:]
-
+    m, n = x.shape[0], (ptr.shape[0] - 1) * side_out
     x_bits, b_bits = _bits(x), _bits(blocks)
-
-    def product(p):
-        x_i = _cut(x_bits, source[p] * side_in, side_in, 1, x.dtype)
-        b = _cut(b_bits, p if order is None else order[p], 1, 0, blocks.dtype)[0]
-        return _dot(x_i, b, (1, 1 if transpose else 0))
-
-    def column(step, y):
-        j = columns[step]
-        first, end = ptr[j], ptr[j + 1]
-        y_j = lax.fori_loop(
-            first + 1, end, lambda p, y_j: y_j + product(p), product(first)
-        )
-        return lax.dynamic_update_slice(
-            y, _bits(y_j.astype(x.dtype)), (0, j * side_out)
-        )
-
     trips, columns = _occupied(ptr)
-    y = jnp.zeros((x.shape[0], columns.shape[0] * side_out), x.dtype)
-    y = _bits(vary_alike(y, x)[0])
-    return _values(lax.fori_loop(0, trips, column, y), x.dtype)
+    tile = min(m, _STRIP // max(side_in, side_out))
+
+    def rows(step, y):
+        # The last tile overlaps the one before it and writes the same values again.
+        row = jnp.minimum(step * tile, m - tile)
+
+        def product(p):
+            x_i = _cut(x_bits, (row, source[p] * side_in), (tile, side_in), x.dtype)
+            p = p if order is None else order[p]
+            b = _cut(b_bits, (p, 0, 0), (1, *blocks.shape[1:]), blocks.dtype)[0]
+            return _dot(x_i, b, (1, 1 if transpose else 0))
+
+        def column(step, y):
+            j = columns[step]
+            first, end = ptr[j], ptr[j + 1]
+            y_j = lax.fori_loop(
+                first + 1, end, lambda p, y_j: y_j + product(p), product(first)
+            )
+            return _put(y, y_j.astype(x.dtype), (row, j * side_out))
+
+        return lax.fori_loop(0, trips, column, y)
+
+    y = _bits(vary_alike(jnp.zeros((m, n), x.dtype), x)[0])
+    return _values(lax.fori_loop(0, -(-m // tile), rows, y), x.dtype)
 
 
 def sdd(x, dy, rows, cols, count, *, block_shape, dtype):
@@ -80,17 +90,31 @@ def sdd(x, dy, rows, cols, count, *, block_shape, dtype):
     if x.shape[1] > dy.shape[1]:
         blocks = sdd(dy, x, cols, rows, count, block_shape=(bn, bk), dtype=dtype)
         return blocks.swapaxes(1, 2)
-    x_bits, dy_bits = _bits(x.T), _bits(dy)
+    m, k = x.shape
+    x_bits, dy_bits = _bits(x), _bits(dy)
 
-    def write(p, blocks):
-        x_i = _cut(x_bits, rows[p] * bk, bk, 0, x.dtype)
-        dy_j = _cut(dy_bits, cols[p] * bn, bn, 1, dy.dtype)
-        block = _dot(x_i, dy_j, (1, 0)).astype(dtype)
-        return lax.dynamic_update_slice(blocks, _bits(block[None]), (p, 0, 0))
+    def add_rows(row, size, blocks):
+        x_t = _bits(_cut(x_bits, (row, 0), (size, k), x.dtype).T)
 
-    blocks = jnp.zeros((rows.shape[0], bk, bn), dtype)
-    blocks = _bits(vary_alike(blocks, x)[0])
-    return _values(lax.fori_loop(0, count, write, blocks), dtype)
+        def add(p, blocks):
+            x_i = _cut(x_t, (rows[p] * bk, 0), (bk, size), x.dtype)
+            dy_j = _cut(dy_bits, (row, cols[p] * bn), (size, bn), dy.dtype)
+            block = _cut(blocks, (p, 0, 0), (1, bk, bn), blocks.dtype)
+            return _put(blocks, block + _dot(x_i, dy_j, (1, 0)), (p, 0, 0))
+
+        return lax.fori_loop(0, count, add, blocks)
+
+    tile = min(m, _STRIP // max(bk, bn))
+    blocks = jnp.zeros((rows.shape[0], bk, bn), _accumulator(x.dtype))
+    blocks = lax.fori_loop(
+        0,
+        m // tile,
+        lambda step, blocks: add_rows(step * tile, tile, blocks),
+        vary_alike(blocks, x)[0],
+    )
+    if m % tile:
+        blocks = add_rows(m - m % tile, m % tile, blocks)
+    return blocks.astype(dtype)
 
 
 def prefers_dense(m, k, n, block_shape, slots, dtype):
@@ -141,21 +165,34 @@ def sdd_dense(x, dy, rows, cols, count, *, block_shape, dtype):
     return jnp.where(stored[:, None, None], dw[rows, :, cols], 0).astype(dtype)
 
 
+def _accumulator(dtype):
+    return jnp.float64 if dtype == jnp.float64 else jnp.float32
+
+
 def _dot(a, b, contracted):
     """Contracts one dimension of each matrix; float32 sums (float64 of float64)."""
-    accumulator = jnp.float64 if a.dtype == jnp.float64 else jnp.float32
-    i, j = contracted
+    contracted = tuple((axis,) for axis in contracted)
     product = lax.dot_general(
-        a, b, (((i,), (j,)), ((), ())), preferred_element_type=accumulator
+        a, b, (contracted, ((), ())), preferred_element_type=_accumulator(a.dtype)
     )
     # XLA's CPU compiler (jax 0.10, 0.11) takes a bfloat16 product with float32 sums,
     # and refuses to run it once it has pulled a transpose of the result into it.
     return lax.optimization_barrier(product) if a.dtype == jnp.bfloat16 else product
 
 
-def _cut(bits, start, size, axis, dtype):
-    """``size`` rows or columns, from ``start`` on, of what ``_bits`` made."""
-    return _values(lax.dynamic_slice_in_dim(bits, start, size, axis), dtype)
+def _cut(bits, start, shape, dtype):
+    """A slice of what ``_bits`` made."""
+    return _values(lax.dynamic_slice(bits, _int32(start), shape), dtype)
+
+
+def _put(bits, part, start):
+    """Overwrites a slice of what ``_bits`` made, in place."""
+    return lax.dynamic_update_slice(bits, _bits(part), _int32(start))
+
+
+def _int32(start):
+    """Of one type, also where 64-bit types are on."""
+    return [lax.convert_element_type(i, jnp.int32) for i in start]
 
 
 def _bits(x):
