@@ -49,7 +49,6 @@ CASES = {
 # The whole table of what a named implementation refuses; anything else must be served.
 REFUSED = {
     ("mosaic_tpu", "square16_f16"): "dtype",
-    ("mosaic_tpu", "block8"): "block_shape",
     ("mosaic_gpu", "square16"): "dtype",
     ("mosaic_gpu", "block8"): "block_shape",
     ("mosaic_gpu", "block24"): "block_shape",
