@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import matplotlib
 
 matplotlib.use("Agg")  # pictures go to files, also where there is no screen
@@ -138,33 +139,41 @@ def is_layout(x: Any) -> bool:
 
 def topology_of(state: Any, config: Any) -> dict[str, np.ndarray]:
     """Share kept of each block of each sparse layer, [k / block, n / block]."""
+    found = {}
     if config.ffn == "block_sparse":
         leaves = jax.tree.leaves_with_path(state.layouts, is_leaf=is_layout)
-        return {
-            layer_name(path): np.asarray(layout.to_mask(), np.float32)
-            for path, layout in leaves
-        }
-    if config.ffn == "masked":
-        masks = jax.tree.leaves_with_path(transforms.get_masks(state.opt_state))
-        return {layer_name(path): pool(mask, config.block) for path, mask in masks}
-    return {}
+        for path, layout in leaves:
+            if layout.rows.ndim == 1:
+                found |= by_layer(path, layout.to_mask())
+            else:  # stacked for scan
+                found |= by_layer(path, jax.vmap(BlockLayout.to_mask)(layout))
+    elif config.ffn == "masked":
+        masks = transforms.get_masks(state.opt_state)
+        for path, mask in jax.tree.leaves_with_path(masks):
+            found |= by_layer(path, pool(mask, config.block))
+    return found
 
 
-def pool(mask: np.ndarray, side: int) -> np.ndarray:
+def by_layer(path: tuple, share: Any) -> dict[str, np.ndarray]:
+    """``blocks.0.mlp.up.kernel_layout.value`` -> ``{"layer 0 up": share}``.
+
+    Stacked layers have no number in their path and a leading axis instead.
+    """
+    words = jax.tree_util.keystr(path, simple=True, separator=".").split(".")
+    at, share = words.index("mlp"), np.asarray(share, np.float32)
+    if share.ndim == 2:
+        return {f"layer {words[at - 1]} {words[at + 1]}": share}
+    return {f"layer {i} {words[at + 1]}": layer for i, layer in enumerate(share)}
+
+
+def pool(mask: jax.Array, side: int) -> np.ndarray:
     """Share of True in tiles of side x side; those at the edges may be smaller."""
     total = np.asarray(mask, np.float32)
     area = np.ones_like(total)
-    for axis in (0, 1):
+    for axis in (-2, -1):
         starts = range(0, mask.shape[axis], side)
         total, area = (np.add.reduceat(x, starts, axis) for x in (total, area))
     return total / area
-
-
-def layer_name(path: tuple) -> str:
-    """``blocks.0.mlp.up.kernel_layout.value`` -> ``layer 0 up``."""
-    words = jax.tree_util.keystr(path, simple=True, separator=".").split(".")
-    at = words.index("mlp")
-    return f"layer {words[at - 1]} {words[at + 1]}"
 
 
 def density(topology: dict[str, np.ndarray]) -> float:
@@ -178,7 +187,8 @@ def density(topology: dict[str, np.ndarray]) -> float:
 def stored_parameters(run: Any) -> int:
     """How many numbers the parameters are, padding of the block arrays apart."""
     padding = sum(
-        (layout.capacity - int(layout.count)) * math.prod(layout.block_shape)
+        (layout.rows.size - int(jnp.sum(layout.rows < layout.grid[0])))
+        * math.prod(layout.block_shape)
         for layout in jax.tree.leaves(run.state.layouts, is_leaf=is_layout)
     )
     return sum(p.size for p in jax.tree.leaves(run.state.params)) - padding
@@ -191,7 +201,7 @@ def flops_per_token(run: Any) -> int:
     attention's two products over all positions. The embedding is a lookup.
     """
     config = run.config
-    norms = sum(p.size for p in jax.tree.leaves(run.state.params) if p.ndim == 1)
+    norms = (2 * config.layers + 1) * config.width
     products = stored_parameters(run) - norms - 256 * config.width
     return 6 * products + 12 * config.layers * config.length * config.width
 
@@ -297,7 +307,7 @@ def plot_topology(runs: Sequence[Any], path: pathlib.Path) -> None:
     run = (moving or sparse)[0]
     after = topology_of(run.state, run.config)
     # Up before down; in both the hidden features run to the right.
-    layers = sorted(after, key=lambda name: (name.split()[:2], name.endswith("down")))
+    layers = sorted(after, key=lambda name: (int(name.split()[1]), name[::-1]))
     turn = lambda name, x: x.T if name.endswith("down") else x
     figure, axes = plt.subplots(
         len(layers),

@@ -92,9 +92,11 @@ class Transformer(nnx.Module):
         d, dtype = config.width, jnp.dtype(config.dtype)
         self.remat = config.remat
         self.embed = nnx.Embed(_data.VOCABULARY, d, dtype=dtype, rngs=rngs)
-        self.blocks = nnx.List(
-            Block(config, implementation, rngs=rngs) for _ in range(config.layers)
-        )
+        make_block = lambda rngs: Block(config, implementation, rngs=rngs)
+        if config.scan:  # one block whose variables have a leading axis of layers
+            self.blocks = nnx.vmap(make_block)(rngs.split(config.layers))
+        else:
+            self.blocks = nnx.List(make_block(rngs) for _ in range(config.layers))
         self.norm = nnx.RMSNorm(d, dtype=dtype, rngs=rngs)
         self.head = nnx.Linear(
             d, _data.VOCABULARY, use_bias=False, dtype=dtype, rngs=rngs
@@ -103,9 +105,14 @@ class Transformer(nnx.Module):
     def __call__(self, tokens):
         """Integers (B, T) -> float32 (B, T, 256)."""
         x = self.embed(tokens)  # (B, T, d)
-        apply = lambda block, x: block(x)
+        apply = lambda graphdef, state, x: nnx.merge(graphdef, state)(x)
         if self.remat:  # keep one (B, T, d) per block for the backward pass
-            apply = nnx.remat(apply)
-        for block in self.blocks:
-            x = apply(block, x)
+            apply = jax.checkpoint(apply, static_argnums=0)
+        if isinstance(self.blocks, Block):
+            graphdef, state = nnx.split(self.blocks)
+            layer = lambda x, state: (apply(graphdef, state, x), None)
+            x, _ = jax.lax.scan(layer, x, state)
+        else:
+            for block in self.blocks:
+                x = apply(*nnx.split(block), x)
         return self.head(self.norm(x)).astype(jnp.float32)  # (B, T, 256)

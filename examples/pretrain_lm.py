@@ -49,6 +49,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import sparsejax as sj
 import sparsejax.checkpoint
 import sparsejax.nnx
+import sparsejax.schedules
 import sparsejax.topology
 import sparsejax.transforms
 
@@ -82,7 +83,8 @@ class Config:
     length: int = 128  # T, tokens per sequence
     batch: int = 16  # B, sequences per step
     dtype: str = "float32"  # of the computation; parameters are float32
-    remat: bool = False
+    remat: bool = False  # recompute each block in the backward pass
+    scan: bool = False  # over layers of stacked weights: one layer to compile
     steps: int = 240
     warmup: int = 20
     learning_rate: float = 2e-3
@@ -114,9 +116,10 @@ PRESETS = {
         heads=12,
         ffn_width=3072,
         length=1024,
-        batch=32,
+        batch=128,
         dtype="bfloat16",
         remat=True,
+        scan=True,
         steps=50_000,
         warmup=1000,
         learning_rate=6e-4,
@@ -197,7 +200,9 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
             schedule,
             b2=0.95,
             weight_decay=config.weight_decay,
-            mask=lambda params: jax.tree.map(lambda p: p.ndim > 1, params),
+            mask=lambda params: jax.tree_util.tree_map_with_path(
+                lambda path, _: "norm" not in jax.tree_util.keystr(path), params
+            ),
         ),
     )
     if config.ffn == "masked":
@@ -207,15 +212,18 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
             "set": sj.transforms.sparse_evolutionary_training,
             "rigl": sj.transforms.rigl,
         }[config.updater]
-        when = {"begin": config.every, "end": config.end, "every": config.every}
+        moves = config.updater in ("set", "rigl")
         optimizer = sj.transforms.sparsify(
             optimizer,
             updater(
                 sparsity=config.sparsity,
+                begin=config.every,
+                end=config.end,
+                every=config.every,
                 key=jax.random.key(config.seed),
-                **({} if config.updater == "static" else when),
+                **({"drop_fraction": config.fraction} if moves else {}),
             ),
-            leaf_filter=lambda path, _: "mlp" in jax.tree_util.keystr(path),
+            leaf_filter=lambda name, _: "mlp" in name.split("/"),
         )
     return optimizer
 
@@ -333,13 +341,15 @@ def build(config: Config, mesh: Mesh, *, implementation: str | None = None) -> P
                 for k, p in zip(keys, leaves, strict=True)
             ]
             scores = jax.tree.unflatten(tree, draws)
-        turn = jnp.pi * state.step.astype(jnp.float32) / config.end
+        fraction = sj.schedules.cosine_drop_fraction(
+            state.step, fraction=config.fraction, end=config.end
+        )
         params, layouts, opt_state = sj.topology.step(
             state.params,
             state.layouts,
             state.opt_state,
             scores,
-            fraction=config.fraction * 0.5 * (1 + jnp.cos(turn)),
+            fraction=fraction,
         )
         return State(params, layouts, opt_state, key, state.step)
 
@@ -561,6 +571,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--remat",
         action=argparse.BooleanOptionalAction,
         help="recompute to save memory",
+    )
+    add(
+        "--scan",
+        action=argparse.BooleanOptionalAction,
+        help="stack the layers' weights and compile one layer",
     )
     add("--mesh", default="data=1", help="devices, such as data=4 or fsdp=4 (data=1)")
     add(
