@@ -178,7 +178,8 @@ def _ordered_keys(scores: Any) -> Any:
     raw = lax.bitcast_convert_type(scores, bits)
     sign = jnp.array(1 << (8 * scores.dtype.itemsize - 1), bits)
     keys = jnp.where(raw >= sign, ~raw, raw | sign)
-    keys = jnp.where(scores == 0, sign, keys)  # -0 ties with 0
+    # -0 ties with 0; by its bits, since chips may flush subnormals in a comparison.
+    keys = jnp.where(raw == sign, sign, keys)
     keys = jnp.where(jnp.isnan(scores), jnp.ones((), bits), keys)
     # 16-bit arithmetic is emulated on most chips.
     return keys if bits == jnp.uint64 else keys.astype(jnp.uint32)

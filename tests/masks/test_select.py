@@ -47,7 +47,6 @@ floats = st.one_of(
 def test_topk_equals_a_stable_sort(scores, dtype, share, candidates):
     with np.errstate(over="ignore"):
         scores = jnp.asarray(scores).astype(dtype)
-    # XLA may flush subnormals in a conversion; the oracle sees what topk sees.
     count = round(share * scores.size)
     where = np.array([candidates >> i & 1 for i in range(scores.size)], bool)
     where = where.reshape(scores.shape)
@@ -117,6 +116,12 @@ def test_topk_has_no_gradient(key):
     x = jax.random.normal(key, (8,))
     grad = jax.grad(lambda x: jnp.where(topk_mask(jnp.abs(x), 3), x, 0).sum())(x)
     np.testing.assert_array_equal(grad, topk_mask(jnp.abs(x), 3).astype(x.dtype))
+
+
+def test_topk_orders_subnormals():
+    scores = jnp.array([0.0, 1e-45, -1e-45, 3e-45, -0.0], jnp.float32)
+    for count, want in ((1, [3]), (2, [1, 3]), (3, [0, 1, 3]), (4, [0, 1, 3, 4])):
+        assert np.flatnonzero(topk_mask(scores, count)).tolist() == want
 
 
 def test_topk_of_nothing():
