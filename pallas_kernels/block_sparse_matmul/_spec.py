@@ -193,8 +193,8 @@ def _stages_mosaic_gpu(stage: int, out: int, warpgroups: int) -> int:
 
 # --- TPU: Pallas Mosaic -------------------------------------------------------------
 
-# VMEM of one core in MiB, less what the compiler keeps for itself. Where the chip is not
-# known yet the tiles must fit the smallest.
+# VMEM of one core in MiB, less what the compiler keeps for itself. Where the chip is
+# not known yet the tiles must fit the smallest.
 _TPU_VMEM = {"v4": 13, "v5e": 100, "v5p": 52, "v6e": 100, "tpu7x": 52, None: 13}
 # Cores that one device's grid is shared by.
 _TPU_CORES = {"v4": 2, "v5p": 2}
@@ -246,8 +246,9 @@ def check_mosaic_tpu(problem: Problem, chip: str | None) -> None:
     needed, room = vmem_mosaic_tpu(problem, config), _TPU_VMEM[chip] * 2**20
     if needed > room:
         raise NotImplementedError(
-            f"mosaic_tpu: k={problem.k}, n={problem.n} need {needed} bytes of VMEM with "
-            f"a tile of {config.tile_m} rows, {chip or 'the smallest chip'} has {room}"
+            f"mosaic_tpu: k={problem.k}, n={problem.n} need {needed} bytes of VMEM "
+            f"with a tile of {config.tile_m} rows, {chip or 'the smallest chip'} has "
+            f"{room}"
         )
 
 
@@ -258,23 +259,46 @@ def config_mosaic_tpu(problem: Problem, chip: str | None) -> Config:
     rows = -(-problem.m // 16) * 16
     parts = problem.slots if problem.op == "sdd" else _panels_mosaic_tpu(problem)
     splits = [1 << power for power in range((parts - 1).bit_length() + 1)]
-    best = None
+    # The first copy in and the last one out are not hidden by any work: tiles stay
+    # small enough for that to be a small share.
+    tiles = 4 if problem.op == "sdd" else 8 * cores
+    # Wide tiles, even if y or the blocks come in parts; then narrower ones.
     for tile_m in (1024, 512, 256, 128, 64, 32, 16):
-        if tile_m > 512 or (tile_m > 16 and tile_m >= 2 * rows):
+        if (tile_m > 512 and tile_m * tiles > rows) or tile_m >= 2 * rows > 32:
             continue
         for resident in (True, False):
             for split in splits:
-                best = Config(
+                config = Config(
                     tile_m=tile_m,
-                    unroll=8,
+                    unroll=_unroll_mosaic_tpu(problem, tile_m, split),
                     splits=split,
                     resident=resident,
                     cores=cores,
                 )
-                if vmem_mosaic_tpu(problem, best) <= room:
-                    return best
-    assert best is not None
-    return best
+                if vmem_mosaic_tpu(problem, config) <= room:
+                    return config
+    return config
+
+
+def _unroll_mosaic_tpu(problem: Problem, tile_m: int, splits: int) -> int:
+    """Blocks per inner step: many to amortize it, but a last step that is not empty."""
+    bk, bn = problem.block_shape
+    most = max(2, min(16, 16 * _TPU_LANES**2 // (bk * bn)))
+    if bk % _TPU_LANES or bn % _TPU_LANES:
+        return 8
+    entries = problem.slots
+    if problem.op != "sdd":
+        # An empty column has an entry too; so many are empty at random places.
+        panels = _panels_mosaic_tpu(problem)
+        entries += round(panels * math.exp(-entries / panels))
+    # Cycles of a block, and those of a step in which the matrix units fill and drain.
+    block, step = tile_m * bk * bn / (4 * _TPU_LANES**2), 190
+    return min(
+        range(most, max(1, most // 2) - 1, -1),
+        key=lambda unroll: (
+            -(-max(entries // splits, 1) // unroll) * (unroll * block + step)
+        ),
+    )
 
 
 def vmem_mosaic_tpu(problem: Problem, config: Config) -> int:
@@ -295,9 +319,11 @@ def vmem_mosaic_tpu(problem: Problem, config: Config) -> int:
         return total + (0 if direct else k * unit_n * 4)
     side, inner = (unit_n, k) if problem.op == "dsd" else (unit_k, n)
     columns = -(-_panels_mosaic_tpu(problem) // config.splits)
-    total = tile_m * (2 * inner * item + 2 * columns * side * item + 4 * side)
-    held = problem.slots if config.resident else 2 * config.unroll
-    total += held * bk * wide * item
+    zeros = bk if problem.op == "dsd" else bn
+    total = tile_m * (2 * (inner + direct * zeros + columns * side) * item + 4 * side)
+    total += ((problem.slots if config.resident else 2 * config.unroll) + 1) * (
+        bk * wide * item
+    )
     return total + (0 if direct else inner * side * item)
 
 

@@ -1,21 +1,22 @@
 """Block-sparse products on TPU: Pallas Mosaic, lists by scalar prefetch.
 
-Memory plan. x stays in HBM; a row tile of it, whole ([tile_m, K]), is brought to VMEM by
-one copy and used for every block before the next one arrives (two buffers). The stored
-blocks lie in VMEM whole where they fit (``Config.resident``), else each step's blocks
-are copied one step ahead. y is gathered in VMEM as panels [tile_m, side_out], one per
-tile of columns, which the copies to HBM put side by side while the next row tile is
-computed (two buffers). ``splits`` cuts the columns of y, and in sdd the slots, where
-they do not fit at once. The lists (source, target, slot) are in SMEM: they are data, so
-new contents do not recompile.
+Memory plan. x stays in HBM; a row tile of it, whole ([tile_m, K]), is brought to VMEM
+by one copy and used for every block before the next one arrives (two buffers). The
+stored blocks lie in VMEM whole where they fit (``Config.resident``), else each inner
+step's blocks are copied one step ahead. y is gathered in VMEM as panels
+[tile_m, side_out], one per tile of columns, which copies to HBM put side by side while
+the next row tile is computed (two buffers). ``splits`` cuts the columns of y, and in
+sdd the slots, where they do not fit at once. The lists (source, target, slot) are in
+SMEM: they are data, so new contents do not recompile.
 
 Grid of dsd: (cores, row tiles per core, splits of y's columns). A grid step runs over a
-flat list of blocks sorted by target, ``unroll`` of them per inner step, whatever columns
-they belong to: the cost is that of the blocks that are there. The float32 accumulator is
-set to zero where a column starts. Each block writes the column's running sum to its
-panel, so that no step needs to know where a column ends; an empty column has one list
-entry of its own, which multiplies nothing. Work goes ``rows`` rows at a time, so that the
-accumulator stays in registers from block to block of a step.
+flat list of blocks sorted by target, ``unroll`` of them per inner step, whatever
+columns they belong to: the cost is that of the blocks that are there. The float32
+accumulator is set to zero where a column starts. Each block writes the column's running
+sum to its panel, so that no step needs to know where a column ends. An empty column has
+one list entry of its own, which multiplies a tile of zeros by a block of zeros, kept in
+VMEM for that; so do the entries that fill up the last inner step. Work goes ``rows``
+rows at a time, so that the accumulator stays in registers from block to block.
 
 Grid of sdd: (chunks of slots, row tiles). The float32 accumulators of all blocks of a
 chunk stay in VMEM while the rows stream by. x is transposed once per row tile, in VMEM.
@@ -33,8 +34,11 @@ precision of ``jax.default_matmul_precision``, as those of XLA do.
 Chips: compiled for v4, v5e, v5p, v6e and tpu7x, jax 0.10.2.
 """
 
+import dataclasses
 import functools
 import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 from jax import lax
@@ -49,9 +53,6 @@ _LANES = 128
 _SUBLANES = 16
 # What the compiler keeps in VMEM beside the buffers asked for: spills, constants.
 _VMEM_SLACK = 2 * 2**20
-# How a list entry treats the accumulator: goes on, sets it to zero first, or sets it to
-# zero and multiplies nothing.
-_GO_ON, _START, _EMPTY = 0, 1, 2
 
 
 def dsd(
@@ -70,7 +71,7 @@ def dsd(
     Args:
         x: ``[m, tiles_in * side_in]``.
         blocks: ``[slots, bk, bn]``, dtype of x.
-        order: int32 ``[slots]``, where each list entry's block is stored; None: in order.
+        order: int32 ``[slots]``, slot of each list entry's block; None: in order.
         source: int32 ``[slots]``, tile of x that each entry multiplies.
         ptr: int32 ``[tiles_out + 1]``, entries of each tile of y.
         transpose: multiply each block transposed.
@@ -105,22 +106,19 @@ def _dsd_direct(x, blocks, order, source, ptr, transpose, config, interpret):
     rank = entry - starts[target]
     place = jnp.clip(ptr[target] + rank, 0, slots - 1)
     empty = ptr[target] == ptr[target + 1]
-    state = jnp.where(empty, _EMPTY, jnp.where(rank == 0, _START, _GO_ON))
     slot = place if order is None else order[place]
     edges = [min(split * columns, tiles_out) for split in range(splits + 1)]
     lists = (
-        jnp.where(empty, 0, source[place]),
+        jnp.where(empty, x.shape[1] // side_in, source[place]),
         target % columns,
-        slot,
-        state.astype(jnp.int32),
+        jnp.where(empty, slots, slot),
+        (rank == 0).astype(jnp.int32),
         starts[jnp.array(edges)],
     )
-    kernel = functools.partial(
-        _dsd_kernel, transpose=transpose, tiles_out=tiles_out, config=config
-    )
-    return _dsd_call(
-        kernel, lists, x, blocks, side_out, tiles_out, transpose, config, interpret, []
-    )
+    kernel = functools.partial(_dsd_kernel, tiles_out=tiles_out)
+    call = _DsdCall(kernel, side_out, tiles_out, transpose, config, interpret)
+    # The tile of zeros is one more tile of x.
+    return call(lists, x, blocks, zeros=side_in)
 
 
 def _dsd_strips(x, blocks, order, source, ptr, transpose, config, interpret):
@@ -145,142 +143,128 @@ def _dsd_strips(x, blocks, order, source, ptr, transpose, config, interpret):
         full,
         counts,
     )
-    kernel = functools.partial(
-        _dsd_strips_kernel,
-        transpose=transpose,
-        groups=(group_in, group_out),
-        units_out=units_out,
-        config=config,
-    )
-    strip = [pltpu.VMEM((units_in, unit_k, unit_n), x.dtype)]
-    return _dsd_call(
-        kernel,
-        lists,
-        x,
-        blocks,
-        unit_out,
-        units_out,
-        transpose,
-        config,
-        interpret,
-        strip,
-    )
+    groups = (group_in, group_out)
+    kernel = functools.partial(_dsd_strips_kernel, groups=groups, units_out=units_out)
+    call = _DsdCall(kernel, unit_out, units_out, transpose, config, interpret)
+    return call(lists, x, blocks, strip=pltpu.VMEM((units_in, unit_k, unit_n), x.dtype))
 
 
-def _dsd_call(
-    kernel, lists, x, blocks, side, tiles_out, transpose, config, interpret, scratch
-):
-    """The pallas_call that both forms of dsd share; ``side`` is a panel's width."""
-    rows, columns_in = x.shape
-    slots, bk, bn = blocks.shape
-    tile_m = min(config.tile_m, rows)
-    splits, columns = _split(tiles_out, config.splits)
-    tiles = -(-rows // tile_m)
-    cores = min(config.cores, tiles)
-    scratch = [
-        pltpu.VMEM((2, tile_m, columns_in), x.dtype),
-        pltpu.VMEM((2, columns, tile_m, side), x.dtype),
-        pltpu.VMEM((tile_m, side), jnp.float32),
-        pltpu.SemaphoreType.DMA((2,)),
-        pltpu.SemaphoreType.DMA((2,)),
-        *scratch,
-    ]
-    if config.resident:
-        blocks_spec = pl.BlockSpec(
-            (slots, bk, bn), lambda *_: (0, 0, 0), pipeline_mode=pl.Buffered(1)
-        )
-        limit = _bytes((slots, bk, bn), x.dtype)
-    else:
-        blocks_spec = pl.BlockSpec(memory_space=pl.ANY)
-        scratch += [
-            pltpu.VMEM((2, config.unroll, bk, bn), x.dtype),
-            pltpu.SemaphoreType.DMA((2,)),
+@dataclasses.dataclass(frozen=True)
+class _DsdCall:
+    """The pallas_call that both forms of dsd share."""
+
+    kernel: Callable
+    side: int
+    panels: int
+    transpose: bool
+    config: Config
+    interpret: Any
+
+    def __call__(self, lists, x, blocks, *, zeros=0, strip=None):
+        config = self.config
+        rows, columns_in = x.shape
+        slots, bk, bn = blocks.shape
+        tile_m = min(config.tile_m, rows)
+        splits, columns = _split(self.panels, config.splits)
+        tiles = -(-rows // tile_m)
+        cores = min(config.cores, tiles)
+        # The last block held is zero.
+        held = (slots if config.resident else 2 * config.unroll) + 1
+        scratch = [
+            pltpu.VMEM((2, tile_m, columns_in + zeros), x.dtype),
+            pltpu.VMEM((2, columns, tile_m, self.side), x.dtype),
+            pltpu.VMEM((tile_m, self.side), jnp.float32),
+            pltpu.VMEM((held, bk, bn), x.dtype),
         ]
-        limit = 0
-    limit += sum(_bytes(s.shape, s.dtype) for s in scratch if len(s.shape) > 1)
-    return pl.pallas_call(
-        kernel,
-        grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=len(lists),
-            grid=(cores, -(-tiles // cores), splits),
-            in_specs=[pl.BlockSpec(memory_space=pl.ANY), blocks_spec],
-            out_specs=pl.BlockSpec(memory_space=pl.ANY),
-            scratch_shapes=scratch,
-        ),
-        out_shape=_out_shape((rows, tiles_out * side), x.dtype, x),
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary", "arbitrary"),
-            vmem_limit_bytes=limit + _VMEM_SLACK,
-        ),
-        interpret=interpret,
-        name="block_sparse_matmul_dsd" + ("_transposed" if transpose else ""),
-    )(*lists, x, blocks)
+        scratch += [] if strip is None else [strip]
+        limit = sum(_bytes(ref.shape, ref.dtype) for ref in scratch)
+        any_spec = pl.BlockSpec(memory_space=pl.ANY)
+        return pl.pallas_call(
+            functools.partial(
+                self.kernel,
+                transpose=self.transpose,
+                widen=bool(self.interpret),
+                config=config,
+            ),
+            grid_spec=pltpu.PrefetchScalarGridSpec(
+                num_scalar_prefetch=len(lists),
+                grid=(cores, -(-tiles // cores), splits),
+                in_specs=[any_spec, any_spec],
+                out_specs=any_spec,
+                scratch_shapes=[pltpu.SemaphoreType.DMA((2,))] * 3 + scratch,
+            ),
+            out_shape=_out_shape((rows, self.panels * self.side), x.dtype, x),
+            compiler_params=pltpu.CompilerParams(
+                dimension_semantics=("parallel", "arbitrary", "arbitrary"),
+                vmem_limit_bytes=limit + _VMEM_SLACK,
+            ),
+            interpret=self.interpret,
+            name="block_sparse_matmul_dsd" + ("_transposed" if self.transpose else ""),
+        )(*lists, x, blocks)
 
 
 def _dsd_kernel(
     source_ref,
     target_ref,
     slot_ref,
-    state_ref,
+    start_ref,
     bounds_ref,
     x_hbm,
-    blocks_ref,
+    blocks_hbm,
     y_hbm,
+    x_sem,
+    y_sem,
+    blocks_sem,
     x_ref,
     y_ref,
     acc_ref,
-    x_sem,
-    y_sem,
-    *buffers,
+    held_ref,
+    *,
     transpose,
     tiles_out,
+    widen,
     config,
 ):
-    side_in, side_out = blocks_ref.shape[-2:][:: -1 if transpose else 1]
-    dims = (((1,), (1 if transpose else 0,)), ((), ()))
+    side_in = held_ref.shape[2 if transpose else 1]
     unroll = config.unroll
     split = pl.program_id(2)
     first, last = bounds_ref[split], bounds_ref[split + 1]
-    x_now, y_now = _open_tile(x_hbm, x_ref, x_sem, y_ref, y_sem, tiles_out)
-
-    def entries(group):
-        return [
-            jnp.minimum(first + group * unroll + u, last - 1) for u in range(unroll)
-        ]
-
+    blocks = _Blocks(blocks_hbm, held_ref, blocks_sem, config)
+    x_now, y_now = _open_tile(x_hbm, x_ref, x_sem, y_ref, y_sem, tiles_out, blocks)
     groups = pl.cdiv(last - first, unroll)
-    fetch = _fetch(blocks_ref, buffers, lambda g: [slot_ref[e] for e in entries(g)])
-    fetch.start(0, groups)
+
+    def slots(group):
+        # Entries that fill the last step up multiply zeros by zeros into the last
+        # column, so that what x and the blocks hold does not matter.
+        for entry in range(unroll):
+            entry += first + group * unroll
+            real = entry < last
+            yield jnp.where(real, slot_ref[jnp.minimum(entry, last - 1)], blocks.slots)
 
     def step(group, carry):
-        blocks = fetch.take(group, groups)
         work = []
-        for u, entry in enumerate(entries(group)):
-            real = first + group * unroll + u < last
-            state = state_ref[entry]
-            work.append(
-                (
-                    pl.multiple_of(source_ref[entry] * side_in, _LANES),
-                    target_ref[entry],
-                    real & (state != _GO_ON),
-                    real & (state != _EMPTY),
-                    blocks[u],
-                )
-            )
+        for u, block in enumerate(blocks.take(slots, group, groups)):
+            entry = first + group * unroll + u
+            real, entry = entry < last, jnp.minimum(entry, last - 1)
+            tile = jnp.where(real, source_ref[entry], x_hbm.shape[1] // side_in)
+            start = real & (start_ref[entry] == 1)
+            column = pl.multiple_of(tile * side_in, _LANES)
+            work.append((column, target_ref[entry], start, block))
         for rows in _row_chunks(acc_ref.shape[0], config.rows):
             acc = acc_ref[rows]
-            for column, target, start, counts, block in work:
-                product = lax.dot_general(
+            for column, target, start, block in work:
+                product = _dot(
                     x_ref[x_now, rows, pl.ds(column, side_in)],
                     block(),
-                    dims,
-                    preferred_element_type=jnp.float32,
+                    transpose,
+                    widen,
                 )
-                acc = jnp.where(start, 0.0, acc) + jnp.where(counts, product, 0.0)
+                acc = jnp.where(start, 0.0, acc) + product
                 y_ref[y_now, target, rows] = acc.astype(y_ref.dtype)
             acc_ref[rows] = acc
         return carry
 
+    blocks.start(slots, 0, groups)
     lax.fori_loop(0, groups, step, 0)
     _close_tile(y_hbm, y_ref, y_sem, tiles_out)
 
@@ -293,59 +277,61 @@ def _dsd_strips_kernel(
     full_ref,
     counts_ref,
     x_hbm,
-    blocks_ref,
+    blocks_hbm,
     y_hbm,
+    x_sem,
+    y_sem,
+    blocks_sem,
     x_ref,
     y_ref,
     acc_ref,
-    x_sem,
-    y_sem,
+    held_ref,
     strip_ref,
-    *buffers,
+    *,
     transpose,
     groups,
     units_out,
+    widen,
     config,
 ):
     units_in, unit_k, unit_n = strip_ref.shape
-    unit_in, unit_out = (unit_n, unit_k) if transpose else (unit_k, unit_n)
+    unit_in = unit_n if transpose else unit_k
     group_in, group_out = groups
-    dims = (((1,), (1 if transpose else 0,)), ((), ()))
     unroll, columns = config.unroll, y_ref.shape[1]
     base = pl.program_id(2) * columns
-    x_now, y_now = _open_tile(x_hbm, x_ref, x_sem, y_ref, y_sem, units_out)
+    blocks = _Blocks(blocks_hbm, held_ref, blocks_sem, config)
+    x_now, y_now = _open_tile(x_hbm, x_ref, x_sem, y_ref, y_sem, units_out, blocks)
 
     def column(local, carry):
         unit = base + local
         first, last = bounds_ref[unit], bounds_ref[unit + 1]
-
-        def zero(index, carry):
-            strip_ref[index] = jnp.zeros((unit_k, unit_n), strip_ref.dtype)
-            return carry
-
-        lax.fori_loop(0, units_in, zero, 0)
+        steps = pl.cdiv(last - first, unroll)
 
         def entries(group):
             return [
                 jnp.minimum(first + group * unroll + u, last - 1) for u in range(unroll)
             ]
 
-        steps = pl.cdiv(last - first, unroll)
-        fetch = _fetch(blocks_ref, buffers, lambda g: [slot_ref[e] for e in entries(g)])
-        fetch.start(0, steps)
+        def slots(group):
+            return [slot_ref[entry] for entry in entries(group)]
+
+        def zero(index, carry):
+            strip_ref[index] = jnp.zeros((unit_k, unit_n), strip_ref.dtype)
+            return carry
 
         def place(group, carry):
-            blocks = fetch.take(group, steps)
-            for entry, block in zip(entries(group), blocks, strict=True):
+            taken = blocks.take(slots, group, steps)
+            for entry, block in zip(entries(group), taken, strict=True):
                 # A repeated entry writes what is there already.
+                index = lax.div(source_ref[entry], group_in)
                 inner = lax.rem(source_ref[entry], group_in)
                 outer = lax.rem(target_ref[entry], group_out)
                 row, col = (outer, inner) if transpose else (inner, outer)
-                _place(
-                    strip_ref, lax.div(source_ref[entry], group_in), row, col, block()
-                )
+                _place(strip_ref, index, row, col, block())
             return carry
 
+        blocks.start(slots, 0, steps)
+        lax.fori_loop(0, units_in, zero, 0)
         lax.fori_loop(0, steps, place, 0)
         acc_ref[...] = jnp.zeros(acc_ref.shape, jnp.float32)
         count = counts_ref[unit]
@@ -361,11 +347,11 @@ def _dsd_strips_kernel(
             for rows in _row_chunks(acc_ref.shape[0], config.rows):
                 acc = acc_ref[rows]
                 for start, index, counts in work:
-                    product = lax.dot_general(
+                    product = _dot(
                         x_ref[x_now, rows, pl.ds(start, unit_in)],
                         strip_ref[index],
-                        dims,
-                        preferred_element_type=jnp.float32,
+                        transpose,
+                        widen,
                     )
                     acc = acc + jnp.where(counts, product, 0.0)
                 acc_ref[rows] = acc
@@ -431,7 +417,7 @@ def sdd(
     total = jnp.reshape(count, (1,)).astype(jnp.int32)
     if direct:
         lists = (rows, jnp.pad(jnp.where(used, cols, 0), more), total)
-        kernel = functools.partial(_sdd_kernel, config=config)
+        kernel = functools.partial(_sdd_kernel, widen=bool(interpret), config=config)
     else:
         group_k, group_n = unit_k // bk, unit_n // bn
         cols = jnp.where(used, cols, units_n * group_n)
@@ -443,7 +429,10 @@ def sdd(
         lists = (rows, jnp.pad(cols, more), total, bounds, full, counts)
         scratch.append(pltpu.VMEM((units_k, unit_k, unit_n), jnp.float32))
         kernel = functools.partial(
-            _sdd_strips_kernel, groups=(group_k, group_n), config=config
+            _sdd_strips_kernel,
+            groups=(group_k, group_n),
+            widen=bool(interpret),
+            config=config,
         )
     # A float32 result is its own accumulator.
     if jnp.dtype(dtype) != jnp.float32:
@@ -489,6 +478,7 @@ def _sdd_kernel(
     dy_sem,
     acc_ref=None,
     *,
+    widen,
     config,
 ):
     size, _, bn = out_ref.shape
@@ -501,11 +491,11 @@ def _sdd_kernel(
         for u in range(config.unroll):
             slot = group * config.unroll + u
             column = pl.multiple_of(cols_ref[first + slot] * bn, _LANES)
-            product = lax.dot_general(
+            product = _dot(
                 xt_ref[rows_ref[first + slot]],
                 dy_ref[now, :, pl.ds(column, bn)],
-                (((1,), (0,)), ((), ())),
-                preferred_element_type=jnp.float32,
+                False,
+                widen,
             )
             acc = jnp.where(fresh, 0.0, acc_ref[slot]) + product
             acc = jnp.where(first + slot < last, acc, 0.0)
@@ -537,6 +527,7 @@ def _sdd_strips_kernel(
     acc_ref=None,
     *,
     groups,
+    widen,
     config,
 ):
     size, bk, bn = out_ref.shape
@@ -556,11 +547,8 @@ def _sdd_strips_kernel(
             for u in range(config.unit_unroll):
                 entry = jnp.minimum(group * config.unit_unroll + u, count - 1)
                 index = full_ref[unit * units_k + entry]
-                strip_ref[index] = lax.dot_general(
-                    xt_ref[index],
-                    dy_ref[now, :, pl.ds(start, unit_n)],
-                    (((1,), (0,)), ((), ())),
-                    preferred_element_type=jnp.float32,
+                strip_ref[index] = _dot(
+                    xt_ref[index], dy_ref[now, :, pl.ds(start, unit_n)], False, widen
                 )
             return carry
 
@@ -636,24 +624,35 @@ def _sdd_open(x_hbm, dy_hbm, x_ref, dy_ref, xt_ref, x_sem, dy_sem):
     return now
 
 
-def _open_tile(x_hbm, x_ref, x_sem, y_ref, y_sem, tiles_out):
+def _open_tile(x_hbm, x_ref, x_sem, y_ref, y_sem, tiles_out, blocks):
     """Brings a row tile of x, frees a buffer of y; returns which buffers are in use."""
     core, step, split = (pl.program_id(axis) for axis in range(3))
     steps, splits = pl.num_programs(1), pl.num_programs(2)
-    rows, tile_m = x_hbm.shape[0], x_ref.shape[1]
+    (rows, columns), tile_m = x_hbm.shape, x_ref.shape[1]
 
     def start(index):
         buffer = lax.rem(index, 2)
         pltpu.make_async_copy(
             x_hbm.at[_window(core * steps + index, rows, tile_m)],
-            x_ref.at[buffer],
+            x_ref.at[buffer, :, pl.ds(0, columns)],
             x_sem.at[buffer],
         ).start()
 
     x_now = lax.rem(step, 2)
-    pl.when((split == 0) & (step == 0))(lambda: start(step))
+
+    @pl.when((split == 0) & (step == 0))
+    def _():
+        start(step)
+        blocks.open()
+        if x_ref.shape[2] > columns:
+            zeros = jnp.zeros((2, tile_m, x_ref.shape[2] - columns), x_ref.dtype)
+            x_ref[:, :, columns:] = zeros
+        blocks.wait()
+
     pl.when((split == 0) & (step + 1 < steps))(lambda: start(step + 1))
-    pl.when(split == 0)(lambda: _wait(x_ref.at[x_now], x_sem.at[x_now]))
+    pl.when(split == 0)(
+        lambda: _wait(x_ref.at[x_now, :, pl.ds(0, columns)], x_sem.at[x_now])
+    )
     done = step * splits + split
     y_now = lax.rem(done, 2)
     # The buffer was last filled two grid steps ago.
@@ -720,41 +719,78 @@ def _window(index, rows, tile_m):
     )
 
 
-class _fetch:  # noqa: N801
-    """Where an inner step's blocks come from: VMEM, or copies made one step ahead."""
+class _Blocks:
+    """Where an inner step's blocks come from.
 
-    def __init__(self, blocks_ref, buffers, slots):
-        self.blocks_ref, self.buffers, self.slots = blocks_ref, buffers, slots
+    All lie in VMEM, or each step's are copied one step ahead. The last block held is
+    zero, and is what slot number ``slots`` stands for.
+    """
 
-    def start(self, group, groups):
+    def __init__(self, blocks_hbm, held_ref, sem, config):
+        self.hbm, self.held, self.sem = blocks_hbm, held_ref, sem
+        self.slots, self.zero = blocks_hbm.shape[0], held_ref.shape[0] - 1
+        self.resident, self.unroll = config.resident, config.unroll
+
+    def _all(self):
+        held = self.held.at[pl.ds(0, self.slots)]
+        return pltpu.make_async_copy(self.hbm, held, self.sem.at[0])
+
+    def open(self):
+        """Once per core: fills what stays."""
+        self.held[self.zero] = jnp.zeros(self.held.shape[1:], self.held.dtype)
+        if self.resident:
+            self._all().start()
+
+    def wait(self):
+        """Once per core: what stays is there."""
+        if self.resident:
+            self._all().wait()
+
+    def start(self, slots, group, groups):
         """Starts the copies of a step's blocks, if there is such a step."""
-        if not self.buffers:
+        if self.resident:
             return
-        buffer_ref, sem = self.buffers
         buffer = lax.rem(group, 2)
 
         @pl.when(group < groups)
         def _():
-            for u, slot in enumerate(self.slots(group)):
-                pltpu.make_async_copy(
-                    self.blocks_ref.at[slot], buffer_ref.at[buffer, u], sem.at[buffer]
-                ).start()
+            for u, slot in enumerate(slots(group)):
+                place = self.held.at[buffer * self.unroll + u]
+                copies = [
+                    pltpu.make_async_copy(source, place, self.sem.at[buffer])
+                    for source in (
+                        self.hbm.at[jnp.minimum(slot, self.slots - 1)],
+                        self.held.at[self.zero],
+                    )
+                ]
+                pl.when(slot < self.slots)(copies[0].start)
+                pl.when(slot >= self.slots)(copies[1].start)
 
-    def take(self, group, groups):
+    def take(self, slots, group, groups):
         """The blocks of a step, each to be read by a call."""
-        if not self.buffers:
-            return [
-                functools.partial(self.blocks_ref.__getitem__, slot)
-                for slot in self.slots(group)
+        if self.resident:
+            places = [
+                jnp.where(slot < self.slots, slot, self.zero) for slot in slots(group)
             ]
-        buffer_ref, sem = self.buffers
-        buffer = lax.rem(group, 2)
-        self.start(group + 1, groups)
-        _wait(buffer_ref.at[buffer], sem.at[buffer])
-        return [
-            functools.partial(buffer_ref.__getitem__, (buffer, u))
-            for u in range(buffer_ref.shape[1])
-        ]
+        else:
+            buffer = lax.rem(group, 2)
+            self.start(slots, group + 1, groups)
+            low = buffer * self.unroll
+            _wait(self.held.at[pl.ds(low, self.unroll)], self.sem.at[buffer])
+            places = [low + u for u in range(self.unroll)]
+        return [functools.partial(self.held.__getitem__, place) for place in places]
+
+
+def _dot(a, b, transpose, widen):
+    """The product of two tiles, or of a with b transposed, in float32.
+
+    Widened first where the kernel is interpreted: XLA has no such product of bfloat16
+    for every shape on CPU. It changes nothing, products of bfloat16 are exact there.
+    """
+    if widen:
+        a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+    dims = (((1,), (1 if transpose else 0,)), ((), ()))
+    return lax.dot_general(a, b, dims, preferred_element_type=jnp.float32)
 
 
 def _place(strip_ref, index, row, col, block):

@@ -10,8 +10,6 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.block_sparse_matmul import _spec, mosaic_tpu
 
-BLOCKS = [(16, 16), (32, 64), (64, 128), (128, 128), (128, 256), (256, 128), (48, 32)]
-
 
 def layout(rng, tiles_k, tiles_n, density, extra=0):
     """(rows, cols, count): slots sorted by (col, row), ``extra`` of them unused."""
@@ -158,18 +156,160 @@ def check_sdd(
     assert not np.asarray(out[count:].astype(jnp.float32)).any()
 
 
+# Small tiles, so that small shapes have several of everything.
+SMALL = {"tile_m": 32, "rows": 16, "unroll": 2, "unit_unroll": 2}
+
+
 @pytest.mark.parametrize("transpose", [False, True])
-@pytest.mark.parametrize("block_shape", BLOCKS)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("block_shape", [(16, 16), (48, 32), (256, 128)])
 def test_dsd(block_shape, dtype, transpose):
     rng = np.random.default_rng(0)
-    check_dsd(rng, 80, (5, 7), block_shape, 0.3, dtype, transpose, tile_m=32)
+    check_dsd(rng, 48, (4, 3), block_shape, 0.4, dtype, transpose, **SMALL)
+
+
+@pytest.mark.parametrize(("m", "density"), [(1, 1.0), (77, 0.0), (40, 0.2)])
+@pytest.mark.parametrize("block_shape", [(64, 32), (128, 128)])
+def test_dsd_any_rows_and_density(block_shape, m, density):
+    rng = np.random.default_rng(m)
+    transpose = m == 40
+    check_dsd(rng, m, (3, 4), block_shape, density, jnp.bfloat16, transpose, 3, **SMALL)
+
+
+@pytest.mark.parametrize("more", [{"resident": False, "splits": 2}, {"cores": 2}])
+@pytest.mark.parametrize("block_shape", [(64, 64), (128, 128)])
+def test_dsd_tile_sizes(block_shape, more):
+    rng = np.random.default_rng(3)
+    tile = SMALL | more
+    check_dsd(rng, 80, (3, 3), block_shape, 0.4, jnp.bfloat16, True, 2, **tile)
 
 
 @pytest.mark.parametrize("out_dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("block_shape", BLOCKS)
+@pytest.mark.parametrize("block_shape", [(16, 16), (48, 32), (256, 128)])
 def test_sdd(block_shape, out_dtype):
-    rng = np.random.default_rng(1)
-    check_sdd(rng, 80, (5, 7), block_shape, 0.3, jnp.bfloat16, out_dtype, tile_m=32)
-    if out_dtype == jnp.float32:
-        check_sdd(rng, 80, (5, 7), block_shape, 0.3, out_dtype, out_dtype, tile_m=32)
+    rng = np.random.default_rng(4)
+    check_sdd(rng, 80, (4, 3), block_shape, 0.4, jnp.bfloat16, out_dtype, **SMALL)
+
+
+@pytest.mark.parametrize(("m", "density"), [(1, 0.3), (77, 1.0), (40, 0.0)])
+@pytest.mark.parametrize("block_shape", [(64, 64), (128, 128)])
+def test_sdd_float32_with_unused_slots(block_shape, m, density):
+    rng = np.random.default_rng(m)
+    f32 = jnp.float32
+    tile = SMALL | {"splits": 3}
+    check_sdd(rng, m, (3, 4), block_shape, density, f32, f32, 5, **tile)
+
+
+@pytest.mark.parametrize("resident", [True, False])
+def test_with_simulated_copies(resident):
+    """Copies arrive when waited for; memory begins as NaN."""
+    rng = np.random.default_rng(6)
+    params = pltpu.InterpretParams(
+        dma_execution_mode="on_wait", uninitialized_memory="nan"
+    )
+    tile = SMALL | {"resident": resident, "interpret": params}
+    block_shape = (128, 128) if resident else (128, 64)
+    bf16 = jnp.bfloat16
+    check_dsd(rng, 40, (2, 2), block_shape, 0.5, bf16, resident, 2, **tile)
+    if resident:
+        check_sdd(rng, 40, (2, 2), block_shape, 0.5, bf16, bf16, 2, **tile)
+
+
+@pytest.mark.parametrize("block_shape", [(64, 128), (128, 128)])
+def test_new_contents_do_not_retrace(block_shape):
+    traces = []
+    bk, bn = block_shape
+    spec = problem("dsd", 16, 3, 3, block_shape, 9, jnp.float32)
+    config = dataclasses.replace(_spec.config_mosaic_tpu(spec, "v5e"), **SMALL)
+
+    @jax.jit
+    def both(x, dy, blocks, rows, cols, ptr, count):
+        traces.append(0)
+        y = mosaic_tpu.dsd(
+            x, blocks, None, rows, ptr, transpose=False, config=config, interpret=True
+        )
+        dw = mosaic_tpu.sdd(
+            x,
+            dy,
+            rows,
+            cols,
+            count,
+            block_shape=block_shape,
+            dtype=jnp.float32,
+            config=config,
+            interpret=True,
+        )
+        return y, dw
+
+    rng = np.random.default_rng(7)
+    for density in (0.2, 0.8):
+        rows, cols, count = layout(rng, 3, 3, density, 9)
+        rows, cols = rows[:9], cols[:9]
+        x, dy = (
+            normal(rng, (16, 3 * bk), "float32"),
+            normal(rng, (16, 3 * bn), "float32"),
+        )
+        blocks = normal(rng, (9, bk, bn), "float32")
+        ptr = ptr_of(cols, count, 3)
+        y, dw = both(x, dy, blocks, rows, cols, ptr, np.int32(count))
+        w = dense(f64(blocks), rows, cols, count, 3, 3)
+        np.testing.assert_allclose(y, f64(x) @ w, atol=1e-3)
+        full = (f64(x).T @ f64(dy)).reshape(3, bk, 3, bn)
+        for p in range(count):
+            np.testing.assert_allclose(dw[p], full[rows[p], :, cols[p]], atol=1e-3)
+    assert len(traces) == 1
+
+
+def test_under_shard_map():
+    """The result varies over the mesh axes that the inputs vary over."""
+    rng = np.random.default_rng(8)
+    rows, cols, count = layout(rng, 2, 3, 0.5)
+    spec = problem("dsd", 16, 2, 3, (128, 128), len(rows), jnp.float32)
+    config = dataclasses.replace(_spec.config_mosaic_tpu(spec, "v5e"), **SMALL)
+    x = normal(rng, (32, 256), "float32")
+    blocks = normal(rng, (len(rows), 128, 128), "float32")
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec_x, spec_0 = jax.P("data"), jax.P()
+
+    def local(x, *rest):
+        rest = (jax.lax.pcast(a, "data", to="varying") for a in rest)
+        blocks, rows, ptr = rest
+        return mosaic_tpu.dsd(
+            x, blocks, None, rows, ptr, transpose=False, config=config
+        )
+
+    traced = jax.jit(
+        jax.shard_map(
+            local,
+            mesh=mesh,
+            in_specs=(spec_x, spec_0, spec_0, spec_0),
+            out_specs=spec_x,
+        )
+    ).trace(x, blocks, rows, ptr_of(cols, count, 3))
+    assert traced.out_info.shape == (32, 384)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dtype": "float16"}, "dtype is float16"),
+        ({"out_dtype": "float32", "dtype": "bfloat16"}, "out_dtype is float32"),
+        ({"block_shape": (24, 128)}, "bk=24"),
+        ({"block_shape": (128, 512)}, "bn=512"),
+        ({"m": 0}, "m is 0"),
+        ({"slots": 0}, "slots is 0"),
+        ({"slots": 10**6}, "slots is 1000000"),
+        ({"k": 1 << 22}, "bytes of VMEM"),
+    ],
+)
+def test_check_names_what_it_needs(change, message):
+    good = _spec.Problem(
+        "dsd", 64, 512, 512, (128, 128), 4, "bfloat16", change.get("dtype", "bfloat16")
+    )
+    _spec.check_mosaic_tpu(
+        dataclasses.replace(good, dtype="bfloat16", out_dtype="bfloat16"), None
+    )
+    with pytest.raises(NotImplementedError, match=message):
+        _spec.check_mosaic_tpu(dataclasses.replace(good, **change), None)
+    with pytest.raises(NotImplementedError, match="chip is v3"):
+        _spec.check_mosaic_tpu(good, "v3")

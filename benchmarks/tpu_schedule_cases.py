@@ -1,0 +1,91 @@
+"""Cases of the TPU kernels for a static schedule tool.
+
+``cases()`` yields (name, function, arguments, {"flops": ..., "trips": {...}}): the
+useful floating-point operations of one grid step, and the mean trip counts of the loops
+inside by depth (the grid loop is depth 1; sdd's loop over unused slots, which makes no
+trip here, counts with the same mean). Both come from the layout and the kernel's Config.
+Padding is no useful work: not the entries that fill up the last inner step, not the
+entry of an empty column, not the rows that a last tile repeats.
+"""
+
+import functools
+import math
+import os
+
+import jax
+import numpy as np
+from jax import numpy as jnp
+
+from pallas_kernels.block_sparse_matmul import _spec, mosaic_tpu
+from sparsejax.layouts import BlockLayout
+
+# Tiles are those of this chip; the tool that compiles is told the same name.
+CHIP = os.environ.get("SPARSEJAX_CHIP", "v5e")
+
+OPS = {"forward": "dsd", "dx": "dsd_transposed", "dw": "sdd"}
+
+
+def block_sparse_matmul(
+    name, m, shape, block_shape, density, dtype="bfloat16", out_dtype=None, chip=CHIP
+):
+    """One case of ``block_sparse_matmul``: forward, dx or dw."""
+    layout = BlockLayout.random(jax.random.key(0), shape, block_shape, density=density)
+    (k, n), (bk, bn) = shape, block_shape
+    rows, cols = np.asarray(layout.rows), np.asarray(layout.cols)
+    slots = len(rows)
+    op = OPS[name]
+    problem = _spec.Problem(op, m, k, n, block_shape, slots, dtype, out_dtype or dtype)
+    _spec.check_mosaic_tpu(problem, chip)
+    config = _spec.config_mosaic_tpu(problem, chip)
+    tile_m = min(config.tile_m, -(-m // 16) * 16)
+    steps = -(-m // tile_m)
+    if op == "sdd":
+        # Chunks of slots; the last one may be short, slots in use come first.
+        size = -(-slots // config.splits)
+        size = -(-size // config.unroll) * config.unroll
+        parts = [min(size, slots - low) for low in range(0, slots, size)]
+    else:
+        # Entries of each part of the columns; an empty column has one of its own.
+        tiles, index = (n // bn, cols) if op == "dsd" else (k // bk, rows)
+        visits = np.maximum(np.bincount(index, minlength=tiles), 1)
+        width = -(-tiles // config.splits)
+        parts = [visits[low : low + width].sum() for low in range(0, tiles, width)]
+    trips = sum(math.ceil(part / config.unroll) for part in parts) / len(parts)
+    flops = 2 * m * slots * bk * bn / (steps * len(parts))
+    f = functools.partial
+    i32 = jnp.int32
+    s = jax.ShapeDtypeStruct
+    x, dy = s((m, k), dtype), s((m, n), dtype)
+    blocks, index = s((slots, bk, bn), dtype), s((slots,), i32)
+    if op == "sdd":
+        fn = f(
+            mosaic_tpu.sdd,
+            block_shape=block_shape,
+            dtype=jnp.dtype(problem.out_dtype),
+            config=config,
+        )
+        args = (x, dy, index, index, s((), i32))
+    elif op == "dsd":
+        fn = lambda x, blocks, source, ptr: mosaic_tpu.dsd(
+            x, blocks, None, source, ptr, transpose=False, config=config
+        )
+        args = (x, blocks, index, s((n // bn + 1,), i32))
+    else:
+        fn = f(mosaic_tpu.dsd, transpose=True, config=config)
+        args = (dy, blocks, index, index, s((k // bk + 1,), i32))
+    side = "x".join(map(str, block_shape))
+    title = f"{name} {side} {dtype} {problem.out_dtype} m={m} {k}x{n} {density:g}"
+    return title, fn, args, {"flops": flops, "trips": {2: trips}}
+
+
+def cases():
+    square = (4096, 4096)
+    for name in OPS:
+        yield block_sparse_matmul(name, 4096, square, (128, 128), 0.1)
+    yield block_sparse_matmul("dw", 4096, square, (128, 128), 0.1, out_dtype="float32")
+    for name in OPS:
+        yield block_sparse_matmul(name, 4096, square, (256, 256), 0.1)
+        yield block_sparse_matmul(name, 4096, square, (256, 128), 0.1)
+        yield block_sparse_matmul(name, 4096, square, (128, 128), 0.5)
+        yield block_sparse_matmul(name, 8192, (1024, 4096), (128, 128), 0.1)
+        yield block_sparse_matmul(name, 4096, square, (128, 128), 0.1, "float32")
