@@ -6,9 +6,9 @@ With index j of x and y meaning a whole tile of columns (``pallas_kernels``'
     dsd    y[:, j]   = sum over p in ptr[j] .. ptr[j + 1] - 1 of x[:, source[p]] @ b[p]
     sdd    blocks[p] = x[:, rows[p]].T @ dy[:, cols[p]]
 
-One loop over the columns that hold a block, in it one over the column's slots; each
-step cuts a strip of x out and multiplies it by its block; the finished column is
-written into y in place. Trip counts and indices are traced: new contents never
+For a few thousand rows of x at a time: one loop over the columns that hold a block, in
+it one over the column's slots; each step cuts a strip of x out and multiplies it by its
+block; the finished column is written into y in place. Trip counts and indices are traced: new contents never
 recompile. Not differentiable in reverse mode; it sits inside the operator's
 ``custom_vjp``.
 """
@@ -120,7 +120,7 @@ def sdd(x, dy, rows, cols, count, *, block_shape, dtype):
 def prefers_dense(m, k, n, block_shape, slots, dtype):
     """Whether writing the whole matrix and one dense product beat the loops on a CPU.
 
-    A static rule, fitted to value and both gradients of 130 problems: a multiply-add in
+    A static rule, fitted to value and both gradients of 144 problems: a multiply-add in
     the loops costs as many of the dense product as ``loops`` says (strips are copied,
     and small products run slowly), and writing the matrix costs about 100 rows of x.
 
