@@ -156,9 +156,11 @@ def config_mosaic_gpu(problem: Problem, chip: str | None) -> Config:
     # Long lists pay a warpgroup of its own for the copies. Short ones are better off
     # with several programs per multiprocessor, which hide each other's ends.
     if problem.slots * side_in / max(tiles_out, 1) >= 1024 and m >= 512:
-        tile_m = 2 * min(128, tallest)
-        out = tile_m * math.gcd(side_out, 64) * 2
-        stages = _stages_mosaic_gpu(piece * (tile_m + side_out), out, 2)
+        for tile_m in (2 * min(128, tallest), 128):
+            out = tile_m * math.gcd(side_out, 64) * 2
+            stages = _stages_mosaic_gpu(piece * (tile_m + side_out), out, 2)
+            if stages >= 3:
+                break
         return Config(tile_m, unroll, stages, tile_k=tile_k, warpgroups=2)
 
     def suits(tile_m):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 import re
 
 import jax
@@ -77,7 +78,7 @@ SIDES = range(16, 257, 16)
 @pytest.mark.parametrize("op", ["dsd", "dsd_transposed", "sdd"])
 @pytest.mark.parametrize("m", [1, 100, 8192])
 def test_every_block_gets_tiles_that_fit(op, m):
-    for bk, bn, slots in itertools.product(SIDES, SIDES, [1, 4, 64]):
+    for bk, bn, slots in itertools.product(SIDES, SIDES, [1, 64, 512]):
         out_dtype = "float32" if op == "sdd" else "bfloat16"
         problem = _spec.Problem(
             op, m, 8 * bk, 8 * bn, (bk, bn), slots, "bfloat16", out_dtype
@@ -94,9 +95,13 @@ def test_every_block_gets_tiles_that_fit(op, m):
         # wgmma's rows, and what a warpgroup can hold in registers.
         rows = config.tile_m // config.warpgroups
         assert rows % 64 == 0 and rows * side_out <= 192 * 128
-        stage = 2 * config.tile_k * (config.tile_m + side_out)
+        stage = 2 * config.unroll * config.tile_k * (config.tile_m + side_out)
+        out = 0
+        if config.warpgroups == 2:  # its buffer lies beside the stages
+            itemsize = 4 if op == "sdd" else 2
+            out = config.tile_m * math.gcd(side_out * itemsize, 128)
         assert config.stages >= 2
-        assert config.stages * config.unroll * stage <= 227 * 1024
+        assert config.stages * stage + out + 1024 <= 227 * 1024
 
 
 def _calls():
