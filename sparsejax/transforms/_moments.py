@@ -89,7 +89,9 @@ def find_iterates(init: Callable[[Any], Any], params: Any) -> list[bool]:
     Moments start from shapes alone; a copy of the weights does not. Read off the
     jaxpr, so no array is made.
     """
-    closed = jax.make_jaxpr(lambda p: jax.tree.leaves(init(p)))(params)
+    leaves = lambda p: jax.tree.leaves(init(p))
+    arrays = lambda p: [x if hasattr(x, "dtype") else 0 for x in leaves(p)]
+    closed = jax.make_jaxpr(arrays)(params)
     return _depends(closed.jaxpr, [True] * len(closed.jaxpr.invars))
 
 
