@@ -8,9 +8,9 @@ With index j of x and y meaning a whole tile of columns (``pallas_kernels``'
 
 For a few thousand rows of x at a time: one loop over the columns that hold a block, in
 it one over the column's slots; each step cuts a strip of x out and multiplies it by its
-block; the finished column is written into y in place. Trip counts and indices are traced: new contents never
-recompile. Not differentiable in reverse mode; it sits inside the operator's
-``custom_vjp``.
+block; the finished column is written into y in place. Trip counts and indices are
+traced: new contents never recompile. Not differentiable in reverse mode; it sits inside
+the operator's ``custom_vjp``.
 """
 
 import jax.numpy as jnp
