@@ -7,28 +7,45 @@
 
 import importlib
 import importlib.metadata
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from sparsejax import layers as layers
-from sparsejax import layouts as layouts
-from sparsejax import masks as masks
-from sparsejax import ops as ops
-from sparsejax import schedules as schedules
-from sparsejax import topology as topology
-from sparsejax import transforms as transforms
-from sparsejax._dispatch import explain as explain
+if TYPE_CHECKING:
+    from sparsejax import checkpoint as checkpoint
+    from sparsejax import layers as layers
+    from sparsejax import layouts as layouts
+    from sparsejax import linen as linen
+    from sparsejax import masks as masks
+    from sparsejax import nnx as nnx
+    from sparsejax import ops as ops
+    from sparsejax import schedules as schedules
+    from sparsejax import topology as topology
+    from sparsejax import transforms as transforms
+    from sparsejax._dispatch import explain as explain
 
 __version__ = importlib.metadata.version("sparsejax")
 
-# Flax and orbax are loaded by those who use them.
-_ON_DEMAND = ("checkpoint", "linen", "nnx")
+# Loaded when first used: who takes the transforms alone loads no Flax and no Pallas.
+_SUBPACKAGES = (
+    "checkpoint",
+    "layers",
+    "layouts",
+    "linen",
+    "masks",
+    "nnx",
+    "ops",
+    "schedules",
+    "topology",
+    "transforms",
+)
 
 
 def __getattr__(name: str) -> Any:
-    if name in _ON_DEMAND:
+    if name in _SUBPACKAGES:
         return importlib.import_module(f"sparsejax.{name}")
+    if name == "explain":
+        return importlib.import_module("sparsejax._dispatch").explain
     raise AttributeError(f"module 'sparsejax' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_ON_DEMAND])
+    return sorted([*globals(), *_SUBPACKAGES, "explain"])

@@ -52,25 +52,28 @@ def test_kernels_ship_beside_the_package():
 @pytest.mark.parametrize(
     "module, absent",
     [
-        ("sparsejax", ["flax", "orbax", "jax.experimental.pallas", "triton"]),
+        ("sparsejax", ["flax", "orbax", "pallas"]),
+        ("sparsejax.transforms", ["flax", "orbax", "pallas"]),
         (
-            "sparsejax.transforms",
-            ["flax", "orbax", "jax.experimental.pallas", "triton"],
+            "sparsejax.ops",
+            ["flax", "orbax", "jax.experimental.pallas", "matmul.mosaic"],
         ),
-        ("sparsejax.nnx", ["orbax.checkpoint.v1", "jax.experimental.pallas", "triton"]),
+        (
+            "sparsejax.layers",
+            ["flax", "orbax", "jax.experimental.pallas", "matmul.mosaic"],
+        ),
     ],
 )
 def test_import_loads_nothing_heavy(module, absent):
+    """No module has such a word in its name, in a fresh process."""
     program = (
         f"import sys, {module}\n"
-        f"print([m for m in {absent!r} if m in sys.modules])\n"
-        "print([m for m in sys.modules if m.startswith('pallas_kernels') "
-        "and 'mosaic' in m])"
+        f"print([m for m in sys.modules if any(w in m for w in {absent!r})])"
     )
     out = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     )
-    assert out.stdout.split("\n")[:2] == ["[]", "[]"], out.stdout
+    assert out.stdout.strip() == "[]"
 
 
 def test_on_demand_packages():
