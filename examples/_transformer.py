@@ -24,6 +24,19 @@ def rotate(x: jax.Array) -> jax.Array:
     return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1)
 
 
+class RMSNorm(nnx.Module):
+    """Divides by the root of the mean square, in float32."""
+
+    def __init__(self, d: int):
+        self.scale = nnx.Param(jnp.ones(d))
+
+    def __call__(self, x):
+        """(..., d) -> (..., d)."""
+        x32 = x.astype(jnp.float32)
+        mean = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
+        return (x32 * jax.lax.rsqrt(mean + 1e-6) * self.scale).astype(x.dtype)
+
+
 class Attention(nnx.Module):
     """Causal self-attention with rotary positions."""
 
@@ -38,7 +51,11 @@ class Attention(nnx.Module):
         b, t, d = x.shape
         qkv = self.qkv(x).reshape(b, t, 3, self.heads, d // self.heads)
         q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]  # (B, T, H, d / H)
-        y = jax.nn.dot_product_attention(rotate(q), rotate(k), v, is_causal=True)
+        logits = jnp.einsum("bthd,bshd->bhts", rotate(q), rotate(k))
+        logits = logits.astype(jnp.float32) * (d // self.heads) ** -0.5
+        logits = jnp.where(np.tri(t, dtype=bool), logits, -jnp.inf)
+        weights = jax.nn.softmax(logits).astype(x.dtype)  # (B, H, T, T)
+        y = jnp.einsum("bhts,bshd->bthd", weights, v)
         return self.out(y.reshape(b, t, d))
 
 
@@ -73,10 +90,10 @@ class Block(nnx.Module):
     """Pre-norm attention, then pre-norm feed-forward."""
 
     def __init__(self, config: Any, implementation: str | None, *, rngs: nnx.Rngs):
-        d, dtype = config.width, jnp.dtype(config.dtype)
-        self.norm1 = nnx.RMSNorm(d, dtype=dtype, rngs=rngs)
+        d = config.width
+        self.norm1 = RMSNorm(d)
         self.attention = Attention(config, rngs=rngs)
-        self.norm2 = nnx.RMSNorm(d, dtype=dtype, rngs=rngs)
+        self.norm2 = RMSNorm(d)
         self.mlp = Mlp(config, implementation, rngs=rngs)
 
     def __call__(self, x):
@@ -97,7 +114,7 @@ class Transformer(nnx.Module):
             self.blocks = nnx.vmap(make_block)(rngs.split(config.layers))
         else:
             self.blocks = nnx.List(make_block(rngs) for _ in range(config.layers))
-        self.norm = nnx.RMSNorm(d, dtype=dtype, rngs=rngs)
+        self.norm = RMSNorm(d)
         self.head = nnx.Linear(
             d, _data.VOCABULARY, use_bias=False, dtype=dtype, rngs=rngs
         )

@@ -62,8 +62,9 @@ def run(text, tmp_path):
         ("--ffn", "masked", "--updater", "rigl"),
         ("--ffn", "masked", "--updater", "gradual_magnitude"),
         ("--ffn", "block_sparse", "--updater", "set"),
+        ("--ffn", "block_sparse", "--dtype", "bfloat16", "--scan", "--remat"),
     ],
-    ids=lambda flags: "-".join(flags[1::2]),
+    ids=lambda flags: "-".join(flags[1:4:2]),
 )
 def test_five_steps(run, tmp_path, flags):
     (one,) = run("--steps", 5, *flags)
