@@ -1,9 +1,9 @@
 """Cases of the TPU kernels for a static schedule tool.
 
 ``cases()`` yields (name, function, arguments, {"flops": ..., "trips": {...}}): the
-useful floating-point operations of one grid step, and the mean trip counts of the loops
-inside by depth (the grid loop is depth 1; sdd's loop over unused slots, which makes no
-trip here, counts with the same mean). Both come from the layout and the kernel's Config.
+useful floating-point operations of one grid step, and the mean trips of the loops
+inside by depth (the grid loop is depth 1; the loop over unused slots, which makes no
+trip here, is given the same mean). Both come from the layout and the Config.
 Padding is no useful work: not the entries that fill up the last inner step, not the
 entry of an empty column, not the rows that a last tile repeats.
 """

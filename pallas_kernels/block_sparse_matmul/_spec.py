@@ -200,6 +200,9 @@ def _stages_mosaic_gpu(stage: int, out: int, warpgroups: int) -> int:
 _TPU_VMEM = {"v4": 13, "v5e": 100, "v5p": 52, "v6e": 100, "tpu7x": 52, None: 13}
 # Cores that one device's grid is shared by.
 _TPU_CORES = {"v4": 2, "v5p": 2}
+# Chips whose matrix units are 256 wide: they do four times as much in a cycle, so more
+# work hides the time in which they fill and drain.
+_TPU_WIDE = ("v6e", "tpu7x")
 # Bytes of SMEM that the lists of one call may take.
 _TPU_SMEM = 900 * 2**10
 _TPU_LANES = 128
@@ -263,7 +266,8 @@ def config_mosaic_tpu(problem: Problem, chip: str | None) -> Config:
     splits = [1 << power for power in range((parts - 1).bit_length() + 1)]
     # The first copy in and the last one out are not hidden by any work: tiles stay
     # small enough for that to be a small share.
-    tiles = 4 if problem.op == "sdd" else 8 * cores
+    wide = chip in _TPU_WIDE
+    tiles = 4 if problem.op == "sdd" or wide else 8 * cores
     # Wide tiles, even if y or the blocks come in parts; then narrower ones.
     for tile_m in (1024, 512, 256, 128, 64, 32, 16):
         if (tile_m > 512 and tile_m * tiles > rows) or tile_m >= 2 * rows > 32:
@@ -272,7 +276,8 @@ def config_mosaic_tpu(problem: Problem, chip: str | None) -> Config:
             for split in splits:
                 config = Config(
                     tile_m=tile_m,
-                    unroll=_unroll_mosaic_tpu(problem, tile_m, split),
+                    unroll=_unroll_mosaic_tpu(problem, tile_m, split, wide),
+                    rows=512 if wide else 128,
                     splits=split,
                     resident=resident,
                     cores=cores,
@@ -282,10 +287,11 @@ def config_mosaic_tpu(problem: Problem, chip: str | None) -> Config:
     return config
 
 
-def _unroll_mosaic_tpu(problem: Problem, tile_m: int, splits: int) -> int:
+def _unroll_mosaic_tpu(problem: Problem, tile_m: int, splits: int, wide: bool) -> int:
     """Blocks per inner step: many to amortize it, but a last step that is not empty."""
     bk, bn = problem.block_shape
-    most = max(2, min(16, 16 * _TPU_LANES**2 // (bk * bn)))
+    area = _TPU_LANES**2 * (2 if wide else 1)
+    most = max(2, min(16, 16 * area // (bk * bn)))
     if bk % _TPU_LANES or bn % _TPU_LANES:
         return 8
     entries = problem.slots
