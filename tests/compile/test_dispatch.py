@@ -96,6 +96,25 @@ else:
             assert kernel in text, kernel
         assert "mosaic_gpu" in compiled.as_text()
 
+    def test_h200_inside_shard_map():
+        """With default arguments, so the kernels' outputs say over what they vary."""
+        from jax.sharding import AbstractMesh, AxisType, PartitionSpec
+
+        run, args = case()
+        mesh = AbstractMesh((1,), ("data",), axis_types=(AxisType.Auto,))
+
+        def mapped(x, b, l):
+            device = jax.sharding.get_abstract_mesh().abstract_device
+            return jax.shard_map(
+                lambda x, b, l: jax.lax.psum(run(x, b, l)[0], "data"),
+                mesh=mesh.update(abstract_device=device),
+                in_specs=(PartitionSpec("data"), PartitionSpec(), PartitionSpec()),
+                out_specs=PartitionSpec(),
+            )(x, b, l)
+
+        lowered, _ = _gpu.compile_for("h200", mapped, args)
+        assert KERNELS[0] in lowered.as_text()
+
     @pytest.mark.parametrize("chip", ["a100", "b200"])
     def test_other_generations_take_xla_and_compile(chip):
         run, args = case()
