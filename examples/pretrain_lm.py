@@ -267,11 +267,14 @@ def build(config: Config, mesh: Mesh, *, implementation: str | None = None) -> P
 
     # -- where its arrays live
 
-    def spec(shape: tuple[int, ...]) -> PartitionSpec:
+    everywhere, by_sequence = PartitionSpec(), PartitionSpec(axes)
+
+    def spec(x: Any) -> PartitionSpec:
         """Which dimension fsdp splits: the largest of those that it divides."""
-        sizes = [size if size % shards == 0 else 0 for size in shape]
-        if shards == 1 or len(shape) < 2 or not any(sizes):
-            return PartitionSpec()
+        sizes = [size if size % shards == 0 else 0 for size in x.shape]
+        index = jnp.issubdtype(x.dtype, jnp.integer)  # layouts are small, and whole
+        if shards == 1 or x.ndim < 2 or index or not any(sizes):
+            return everywhere
         return PartitionSpec(*(None,) * sizes.index(max(sizes)), "fsdp")
 
     def on_mesh(x: Any, spec: PartitionSpec) -> jax.ShapeDtypeStruct:
@@ -279,11 +282,10 @@ def build(config: Config, mesh: Mesh, *, implementation: str | None = None) -> P
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
 
     state = jax.eval_shape(init, jax.random.key(0))
-    state = jax.tree.map(lambda x: on_mesh(x, spec(x.shape)), state)
-    batch = np.empty((config.batch, config.length + 1), np.uint8)
-    batch = on_mesh(batch, PartitionSpec(axes))
+    state = jax.tree.map(lambda x: on_mesh(x, spec(x)), state)
+    batch = jax.ShapeDtypeStruct((config.batch, config.length + 1), jnp.uint8)
+    batch = on_mesh(batch, by_sequence)
     places = jax.tree.map(lambda x: x.sharding, state)
-    everywhere, batch_spec = PartitionSpec(), PartitionSpec(axes)
     param_specs = jax.tree.map(lambda place: place.spec, places.params)
 
     def gather(params):
@@ -300,7 +302,7 @@ def build(config: Config, mesh: Mesh, *, implementation: str | None = None) -> P
 
     def on_devices(f, out_specs):
         """Runs f(params, layouts, probes, batch) on each device's share."""
-        specs = (param_specs, everywhere, everywhere, batch_spec)
+        specs = (param_specs, everywhere, everywhere, by_sequence)
         return jax.shard_map(f, mesh=mesh, in_specs=specs, out_specs=out_specs)
 
     def loss_of(params, layouts, probes, batch):
