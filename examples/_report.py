@@ -307,7 +307,7 @@ def plot_topology(runs: Sequence[Any], path: pathlib.Path) -> None:
     run = (moving or sparse)[0]
     after = topology_of(run.state, run.config)
     # Up before down; in both the hidden features run to the right.
-    layers = sorted(after, key=lambda name: (int(name.split()[1]), name[::-1]))
+    layers = sorted(after, key=lambda name: (int(name.split()[1]), "down" in name))
     turn = lambda name, x: x.T if name.endswith("down") else x
     figure, axes = plt.subplots(
         len(layers),

@@ -85,7 +85,7 @@ class Config:
     dtype: str = "float32"  # of the computation; parameters are float32
     remat: bool = False  # recompute each block in the backward pass
     scan: bool = False  # over layers of stacked weights: one layer to compile
-    steps: int = 240
+    steps: int = 200
     warmup: int = 20
     learning_rate: float = 2e-3
     weight_decay: float = 0.1
@@ -473,12 +473,13 @@ def train(run: Run, text: _data.Text, args) -> Iterator[int]:
         )
 
     while run.step < config.steps:
-        first, topology_seconds, save_seconds = run.step, [], 0.0
+        first, losses, topology_seconds, save_seconds = run.step, [], [], 0.0
         begin = time.perf_counter()
         while run.step == first or run.step % args.log_every:
             batch = put(next(run.batches))
             run.state, loss = programs.train_step(run.state, batch)
             run.step += 1
+            losses.append(loss)
             last = run.step == config.steps
             if config.moves and run.step % config.every == 0 and run.step <= config.end:
                 topology_seconds.append(timed(move_blocks))
@@ -488,16 +489,17 @@ def train(run: Run, text: _data.Text, args) -> Iterator[int]:
                 break
         jax.block_until_ready(run.state)
         seconds = time.perf_counter() - begin - sum(topology_seconds) - save_seconds
+        loss = float(np.mean(jax.device_get(losses)))  # of the turn
         record = {
             "step": run.step,
-            "train_bits_per_byte": float(loss) / math.log(2),
+            "train_bits_per_byte": loss / math.log(2),
             "step_seconds": seconds / (run.step - first),
             "topology_step_seconds": topology_seconds,
         }
         if not math.isfinite(loss):
             raise FloatingPointError(
                 f"--learning-rate: got {config.learning_rate}, with which the loss of "
-                f"{run.name} is {loss} at step {run.step}; needed a smaller one"
+                f"{run.name} is {loss} by step {run.step}; needed a smaller one"
             )
         if last or run.step // args.eval_every > first // args.eval_every:
             run.validation = evaluate()
@@ -592,7 +594,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--checkpoint-every", type=int, default=100, help="steps (100)")
     add("--resume", action="store_true", help="go on from the newest checkpoint")
     add("--log-every", type=int, help="steps (default: --every)")
-    add("--eval-every", type=int, default=100, help="steps between validations (100)")
+    add("--eval-every", type=int, default=50, help="steps between validations (50)")
     add("--eval-batches", type=int, default=16, help="batches of a validation (16)")
     return parser.parse_args(argv)
 
