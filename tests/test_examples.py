@@ -60,7 +60,6 @@ def run(text, tmp_path):
     [
         ("--ffn", "dense"),
         ("--ffn", "masked", "--updater", "rigl"),
-        ("--ffn", "masked", "--updater", "gradual_magnitude"),
         ("--ffn", "block_sparse", "--updater", "set"),
         ("--ffn", "block_sparse", "--dtype", "bfloat16", "--scan", "--remat"),
     ],
@@ -77,6 +76,19 @@ def test_five_steps(run, tmp_path, flags):
     assert row["density"] == pytest.approx(1 if "dense" in flags else 0.1, abs=1e-3)
     assert (out / "loss.png").stat().st_size > 10_000
     assert (out / "topology.png").exists() == ("dense" not in flags)
+
+
+@pytest.mark.parametrize("updater", pretrain_lm.UPDATERS["masked"])
+def test_every_mask_updater_is_made_from_the_flags(updater):
+    optimizer = pretrain_lm.make_optimizer(small_config(ffn="masked", updater=updater))
+    params = {
+        "mlp": {"up": {"kernel": np.ones((20, 10), np.float32)}},
+        "attention": {"out": {"kernel": np.ones((20, 10), np.float32)}},
+    }
+    with jax.numpy_dtype_promotion("standard"):
+        state = optimizer.init(params)
+    (mask,) = jax.tree.leaves(pretrain_lm.sj.transforms.get_masks(state))
+    assert mask.sum() == (200 if updater == "gradual_magnitude" else 20)
 
 
 def test_side_by_side_compiles_once_and_moves_blocks(run, capsys):
