@@ -10,12 +10,13 @@ Every backend file has the same two functions.
     ptr     int32 [tiles_out + 1]       non-decreasing, ptr[0] = 0, ptr[-1] <= slots
     y       [m, tiles_out * side_out]   dtype of x
 
-        y[:, j] = sum over p in ptr[j] .. ptr[j + 1] - 1 of x[:, source[p]] @ b[order[p]]
+        y[:, j] = sum over p in ptr[j] .. ptr[j + 1] - 1
+                  of x[:, source[p]] @ b[order[p]]
 
-    where index j of x and y means a whole tile of columns, and b is ``blocks``, or with
-    ``transpose=True`` each block transposed (side_in = bn, side_out = bk). Accumulates in
-    float32. An empty j gives zeros. Every entry of order and source is in range, also
-    those at p >= ptr[-1], which are padding and take no part.
+    where index j of x and y means a whole tile of columns, and b is ``blocks``, or
+    with ``transpose=True`` each block transposed (side_in = bn, side_out = bk).
+    Accumulates in float32. An empty j gives zeros. Every entry of order and source is
+    in range, also those at p >= ptr[-1], which are padding and take no part.
 
 ``sdd(x, dy, rows, cols, count, *, block_shape, dtype, config, interpret)`` -> blocks
     x       [m, tiles_k * bk]           dy [m, tiles_n * bn]
@@ -51,8 +52,8 @@ class Problem:
         bk, bn = self.block_shape
         places = (self.k // bk) * (self.n // bn)
         return (
-            f"{self.op}: {self.m} rows, {self.k}x{self.n} matrix, {self.slots} slots of "
-            f"{bk}x{bn} blocks ({self.slots / places:.1%} of the places), {self.dtype}"
+            f"{self.op}: {self.m} rows, {self.k}x{self.n} matrix, {self.slots} slots "
+            f"of {bk}x{bn} blocks ({self.slots / places:.1%} of the places), {self.dtype}"
         )
 
 
@@ -260,7 +261,7 @@ def check_mosaic_tpu(problem: Problem, chip: str | None) -> None:
 def config_mosaic_tpu(problem: Problem, chip: str | None) -> Config:
     """Picks the tiles of the TPU kernels: the largest ones that fit the chip's VMEM."""
     room = _TPU_VMEM.get(chip, _TPU_VMEM[None]) * 2**20
-    cores = _TPU_CORES.get(chip, 1)
+    cores = _TPU_CORES.get(chip or "", 1)
     rows = -(-problem.m // 16) * 16
     parts = problem.slots if problem.op == "sdd" else _panels_mosaic_tpu(problem)
     splits = [1 << power for power in range((parts - 1).bit_length() + 1)]
@@ -268,6 +269,7 @@ def config_mosaic_tpu(problem: Problem, chip: str | None) -> Config:
     # small enough for that to be a small share.
     wide = chip in _TPU_WIDE
     tiles = 4 if problem.op == "sdd" or wide else 8 * cores
+    config = Config(tile_m=16)
     # Wide tiles, even if y or the blocks come in parts; then narrower ones.
     for tile_m in (1024, 512, 256, 128, 64, 32, 16):
         if (tile_m > 512 and tile_m * tiles > rows) or tile_m >= 2 * rows > 32:

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from sparsejax._dispatch import vary_alike
+from sparsejax.ops._checks import accumulator
 
 # Entries of a strip of x or y that one step works on: 2 MiB of float32. Longer ones
 # are copied through memory: with blocks of 128, 4096 rows at a time are 1.4 times as
@@ -105,7 +106,7 @@ def sdd(x, dy, rows, cols, count, *, block_shape, dtype):
         return lax.fori_loop(0, count, add, blocks)
 
     tile = min(m, _STRIP // max(bk, bn))
-    blocks = jnp.zeros((rows.shape[0], bk, bn), _accumulator(x.dtype))
+    blocks = jnp.zeros((rows.shape[0], bk, bn), accumulator(x.dtype))
     blocks = lax.fori_loop(
         0,
         m // tile,
@@ -165,15 +166,12 @@ def sdd_dense(x, dy, rows, cols, count, *, block_shape, dtype):
     return jnp.where(stored[:, None, None], dw[rows, :, cols], 0).astype(dtype)
 
 
-def _accumulator(dtype):
-    return jnp.float64 if dtype == jnp.float64 else jnp.float32
-
-
 def _dot(a, b, contracted):
     """Contracts one dimension of each matrix; float32 sums (float64 of float64)."""
-    contracted = tuple((axis,) for axis in contracted)
+    of_a, of_b = contracted
+    dimensions = (((of_a,), (of_b,)), ((), ()))
     product = lax.dot_general(
-        a, b, (contracted, ((), ())), preferred_element_type=_accumulator(a.dtype)
+        a, b, dimensions, preferred_element_type=accumulator(a.dtype)
     )
     # XLA's CPU compiler (jax 0.10, 0.11) takes a bfloat16 product with float32 sums,
     # and refuses to run it once it has pulled a transpose of the result into it.
