@@ -53,7 +53,8 @@ class Problem:
         places = (self.k // bk) * (self.n // bn)
         return (
             f"{self.op}: {self.m} rows, {self.k}x{self.n} matrix, {self.slots} slots "
-            f"of {bk}x{bn} blocks ({self.slots / places:.1%} of the places), {self.dtype}"
+            f"of {bk}x{bn} blocks ({self.slots / places:.1%} of the places), "
+            f"{self.dtype}"
         )
 
 
