@@ -75,7 +75,7 @@ class Config:
     updater: str = "rigl"
     block: int = 64
     every: int = 20  # steps between topology steps
-    fraction: float = 0.3  # of the blocks that move, at first
+    fraction: float = 0.1  # of the blocks that move, at first
     layers: int = 2
     width: int = 512  # d
     heads: int = 8  # H
@@ -111,6 +111,7 @@ PRESETS = {
     "124m": Config(
         block=128,
         every=100,
+        fraction=0.3,
         layers=12,
         width=768,
         heads=12,
