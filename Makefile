@@ -12,7 +12,7 @@ demo: $(READY)
 	  --sparsity 0.9 --updater rigl --out runs/demo
 
 test: $(READY)
-	$(BIN)/python -m pytest -q -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -q -n 2 --dist loadgroup --durations 15
 
 lint: $(READY)
 	$(BIN)/ruff format --check .

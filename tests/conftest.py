@@ -1,11 +1,15 @@
-"""Strict promotion, eight CPU devices, and names for the doctests."""
+"""Strict promotion, eight CPU devices, quick compilation."""
 
 import os
 
-# Eight devices let the same process test sharding; set before jax starts its backend.
-_DEVICES = "--xla_force_host_platform_device_count=8"
-if _DEVICES not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DEVICES}".strip()
+# Before jax starts its backend: eight devices, so that one process tests sharding; and
+# machine code that is built quickly, since every test compiles and hardly runs.
+for _flag in (
+    "--xla_force_host_platform_device_count=8",
+    "--xla_backend_optimization_level=0",
+):
+    if _flag not in os.environ.get("XLA_FLAGS", ""):
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_flag}".strip()
 
 import jax
 import pytest
