@@ -3,11 +3,12 @@
 import os
 
 # Before jax starts its backend: eight devices, so that one process tests sharding; and
-# machine code that is built quickly, since every test compiles and hardly runs.
-for _flag in (
-    "--xla_force_host_platform_device_count=8",
-    "--xla_backend_optimization_level=0",
-):
+# machine code that is built quickly, since every test compiles and hardly runs. Not for
+# tests/compile, whose subject is what the chips' compilers make, nor on a GPU.
+_FLAGS = ["--xla_force_host_platform_device_count=8"]
+if not os.environ.get("SPARSEJAX_COMPILE") and not os.path.exists("/dev/nvidiactl"):
+    _FLAGS.append("--xla_backend_optimization_level=0")
+for _flag in _FLAGS:
     if _flag not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_flag}".strip()
 
