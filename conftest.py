@@ -1,4 +1,4 @@
-"""Strict promotion, eight CPU devices, quick compilation."""
+"""Strict promotion, eight CPU devices, quick compilation, names for the doctests."""
 
 import os
 
@@ -21,3 +21,13 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 @pytest.fixture
 def key():
     return jax.random.key(0)
+
+
+@pytest.fixture(autouse=True)
+def names_for_doctests(doctest_namespace):
+    import jax.numpy as jnp
+    import optax
+
+    import sparsejax
+
+    doctest_namespace.update(jax=jax, jnp=jnp, optax=optax, sparsejax=sparsejax)
