@@ -8,9 +8,9 @@ ratio is to the same steps by plain AdamW in the same rounds. Two kinds of step:
     train step   the same with the gradient of an MLP of four layers on `--batch` rows,
                  what a user's loop runs
 
-The temporaries of a mask update are part of the compiled program's one allocation, also
-when no update is due. A program with little memory of its own pays for that (fresh pages
-at every call, on Linux above 32 MB); a real model's has passed that size by itself.
+The temporaries of a mask update are part of the compiled program's one allocation,
+also when no update is due. A program with little memory of its own pays for that (fresh
+pages at every call, on Linux above 32 MB); a real model's has passed that size anyway.
 
     python benchmarks/bench_transforms.py                 # 4M weights, writes JSON
     python benchmarks/bench_transforms.py --anchor        # also one argsort, slow
