@@ -378,46 +378,34 @@ def _run_sdd_xla(problem, chip, interpret, x, dy, rows, cols, count):
     return sdd(x, dy, rows, cols, count, block_shape=block_shape, dtype=out)
 
 
-def _run_dsd_tpu(problem, chip, interpret, *arrays):
-    from pallas_kernels.block_sparse_matmul import mosaic_tpu
+def _kernels(name):
+    """The kernels' file of an implementation and how it picks tiles, loaded if used."""
+    if name == "mosaic_tpu":
+        from pallas_kernels.block_sparse_matmul import mosaic_tpu
 
-    config = _spec.config_mosaic_tpu(problem, chip)
-    transpose = problem.op == "dsd_transposed"
-    return mosaic_tpu.dsd(
-        *arrays, transpose=transpose, config=config, interpret=interpret
-    )
+        return mosaic_tpu, _spec.config_mosaic_tpu
+    from pallas_kernels.block_sparse_matmul import mosaic_gpu
+
+    return mosaic_gpu, _spec.config_mosaic_gpu
 
 
-def _run_sdd_tpu(problem, chip, interpret, *arrays):
-    from pallas_kernels.block_sparse_matmul import mosaic_tpu
-
-    return mosaic_tpu.sdd(
+def _run_dsd_kernel(name, problem, chip, interpret, *arrays):
+    kernels, config = _kernels(name)
+    return kernels.dsd(
         *arrays,
-        block_shape=problem.block_shape,
-        dtype=jnp.dtype(problem.out_dtype),
-        config=_spec.config_mosaic_tpu(problem, chip),
+        transpose=problem.op == "dsd_transposed",
+        config=config(problem, chip),
         interpret=interpret,
     )
 
 
-def _run_dsd_gpu(problem, chip, interpret, *arrays):
-    from pallas_kernels.block_sparse_matmul import mosaic_gpu
-
-    config = _spec.config_mosaic_gpu(problem, chip)
-    transpose = problem.op == "dsd_transposed"
-    return mosaic_gpu.dsd(
-        *arrays, transpose=transpose, config=config, interpret=interpret
-    )
-
-
-def _run_sdd_gpu(problem, chip, interpret, *arrays):
-    from pallas_kernels.block_sparse_matmul import mosaic_gpu
-
-    return mosaic_gpu.sdd(
+def _run_sdd_kernel(name, problem, chip, interpret, *arrays):
+    kernels, config = _kernels(name)
+    return kernels.sdd(
         *arrays,
         block_shape=problem.block_shape,
         dtype=jnp.dtype(problem.out_dtype),
-        config=_spec.config_mosaic_gpu(problem, chip),
+        config=config(problem, chip),
         interpret=interpret,
     )
 
@@ -434,24 +422,21 @@ def _anything(problem, chip):
     """XLA takes every problem."""
 
 
-DSD = {
-    "xla": Implementation("xla", None, _anything, _run_dsd_xla, note=_note_xla),
-    "mosaic_tpu": Implementation(
-        "mosaic_tpu", "tpu", _spec.check_mosaic_tpu, _run_dsd_tpu
-    ),
-    "mosaic_gpu": Implementation(
-        "mosaic_gpu", "cuda", _spec.check_mosaic_gpu, _run_dsd_gpu, needs_chip=True
-    ),
-}
-SDD = {
-    "xla": Implementation("xla", None, _anything, _run_sdd_xla, note=_note_xla),
-    "mosaic_tpu": Implementation(
-        "mosaic_tpu", "tpu", _spec.check_mosaic_tpu, _run_sdd_tpu
-    ),
-    "mosaic_gpu": Implementation(
-        "mosaic_gpu", "cuda", _spec.check_mosaic_gpu, _run_sdd_gpu, needs_chip=True
-    ),
-}
+def _implementations(run_xla, run_kernel):
+    tpu = functools.partial(run_kernel, "mosaic_tpu")
+    gpu = functools.partial(run_kernel, "mosaic_gpu")
+    return {
+        "xla": Implementation("xla", None, _anything, run_xla, note=_note_xla),
+        "mosaic_tpu": Implementation("mosaic_tpu", "tpu", _spec.check_mosaic_tpu, tpu),
+        # Hopper only: not offered to a GPU of which nothing is known.
+        "mosaic_gpu": Implementation(
+            "mosaic_gpu", "cuda", _spec.check_mosaic_gpu, gpu, needs_chip=True
+        ),
+    }
+
+
+DSD = _implementations(_run_dsd_xla, _run_dsd_kernel)
+SDD = _implementations(_run_sdd_xla, _run_sdd_kernel)
 
 
 # --- Operands -------------------------------------------------------------------------
