@@ -444,6 +444,7 @@ SDD = _implementations(_run_sdd_xla, _run_sdd_kernel)
 
 def _static(choice, dtype, a, b):
     compute = jnp.promote_types(a.dtype, b.dtype) if dtype is None else jnp.dtype(dtype)
+    check_floating(dtype=jax.ShapeDtypeStruct((), compute))
     return _Static(choice, compute)
 
 

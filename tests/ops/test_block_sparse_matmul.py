@@ -428,6 +428,8 @@ def test_bad_input_names_argument_got_and_needed():
         block_sparse_matmul(x, blocks[:1], layout)
     with pytest.raises(ValueError, match="x: got dtype int32, needed one of float32"):
         block_sparse_matmul(jnp.ones((24, 64), jnp.int32), blocks, layout)
+    with pytest.raises(ValueError, match="dtype: got dtype int32, needed one of"):
+        block_sparse_matmul(x, blocks, layout, dtype=jnp.int32)
     with pytest.raises(ValueError, match=r"y: got shape \(3, 96\), needed \(24, 96\)"):
         sampled_matmul(x, dy[:3], layout)
     with pytest.raises(
