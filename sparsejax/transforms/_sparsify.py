@@ -133,9 +133,11 @@ def sparsify(
         due = state.steps == state.next_update
         if steps:
             scores = _scores(old, gradients, grow_scores)
+            if updater.observe is not None:
+                memory = updater.observe(memory, scores)
             request = MaskUpdate(
                 masks=old,
-                memory=state.memory,
+                memory=memory,
                 params={name: weights[name] for name in old},
                 scores=scores,
                 key=_key_at(updater.key, state.mask_key, state.steps),

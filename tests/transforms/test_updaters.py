@@ -333,6 +333,33 @@ def test_an_updater_of_ones_own_with_memory():
     assert state.masks["w"].tolist() == [[True, True, False], [True, False, False]]
 
 
+def test_an_updater_that_observes_every_step():
+    # Gradients are summed at every step, masks follow the sum at steps 0 and 2 only.
+    def init(params, key):
+        masks = {k: jnp.ones(p.shape, bool) for k, p in params.items()}
+        return masks, {k: jnp.zeros(p.shape) for k, p in params.items()}
+
+    def update(now: MaskUpdate):
+        masks = {k: topk_mask(m, 1) for k, m in now.memory.items()}
+        return masks, now.memory, jnp.array(True)
+
+    observe = lambda memory, scores: {k: memory[k] + scores[k] for k in memory}
+    updater = Updater(range(0, 3, 2), init, update, observe=observe)
+    tx = transforms.sparsify(optax.sgd(0.0), updater)
+    params, state = start(tx, {"w": jnp.ones((2, 2))})
+    seen = []
+    for one in ([3.0, 1.0], [0.0, 1.0], [0.0, 2.0], [9.0, 0.0]):
+        grads = {"w": jnp.array([one, [0.0, 0.0]])}
+        params, state = step(tx, grads, state, params)
+        seen.append((state.memory["w"][0].tolist(), state.masks["w"][0].tolist()))
+    assert seen == [
+        ([3.0, 1.0], [True, False]),
+        ([3.0, 2.0], [True, False]),
+        ([3.0, 4.0], [False, True]),
+        ([12.0, 4.0], [False, True]),
+    ]
+
+
 def test_one_compilation_through_updates():
     chex.clear_trace_counter()
     tx = transforms.sparsify(
