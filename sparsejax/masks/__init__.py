@@ -9,6 +9,7 @@ from sparsejax.masks._distribution import check_density as check_density
 from sparsejax.masks._distribution import erdos_renyi as erdos_renyi
 from sparsejax.masks._distribution import exact_count as exact_count
 from sparsejax.masks._distribution import uniform as uniform
+from sparsejax.masks._global import global_topk_masks as global_topk_masks
 from sparsejax.masks._paths import match_names as match_names
 from sparsejax.masks._paths import named_leaves as named_leaves
 from sparsejax.masks._paths import path_name as path_name
@@ -28,6 +29,7 @@ __all__ = (
     "density",
     "erdos_renyi",
     "exact_count",
+    "global_topk_masks",
     "match_names",
     "named_leaves",
     "nm_mask",
