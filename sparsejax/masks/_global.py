@@ -12,11 +12,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Int
 
+from sparsejax.masks import _select
 from sparsejax.masks._paths import named_leaves
-from sparsejax.masks._select import _key_limit, _ordered_keys, count_true, topk_mask
-
-_INTERPOLATIONS = 8
-_MAX_SIZE = 1 << 31  # counts are int32
+from sparsejax.masks._select import count_true, topk_mask
 
 
 def global_topk_masks(
@@ -57,7 +55,7 @@ def global_topk_masks(
     """
     leaves = named_leaves(scores)
     total = sum(math.prod(leaf.shape) for leaf in leaves.values())
-    if total >= _MAX_SIZE:
+    if total >= _select._MAX_SIZE:
         raise ValueError(
             f"scores must have fewer than 2**31 entries in all, got {total}"
         )
@@ -93,9 +91,9 @@ def _global_topk(scores: Any, count: Any, where: Any) -> list[Any]:
         allowed = ~jnp.isnan(leaf)
         if where is not None:
             allowed &= where[i]
-        key = _ordered_keys(leaf.astype(dtype))
+        key = _select._ordered_keys(leaf.astype(dtype))
         keys.append(jnp.where(allowed, key, jnp.zeros((), key.dtype)))
-    low, at_least, above = _threshold(keys, count, _key_limit(dtype))
+    low, at_least, above = _threshold(keys, count, _select._key_limit(dtype))
 
     def without_ties():
         return [key >= low for key in keys]
@@ -112,8 +110,7 @@ def _global_topk(scores: Any, count: Any, where: Any) -> list[Any]:
             room = room - here
         return masks
 
-    masks = lax.cond(at_least > count, with_ties, without_ties)
-    return [mask & (count > 0) for mask in masks]
+    return lax.cond(at_least > count, with_ties, without_ties)
 
 
 def _threshold(keys: list[Any], count: Any, limit: int) -> tuple[Any, Any, Any]:
@@ -124,6 +121,7 @@ def _threshold(keys: list[Any], count: Any, limit: int) -> tuple[Any, Any, Any]:
     """
     counted = lambda t: _count([key >= t for key in keys])
     one = jnp.ones((), keys[0].dtype)
+    guesses = _bracket_from_sample(keys, count, limit)
 
     def unfinished(state):
         low, high, at_least, _, _ = state
@@ -136,11 +134,13 @@ def _threshold(keys: list[Any], count: Any, limit: int) -> tuple[Any, Any, Any]:
         share = share / jnp.maximum(at_least - above, 1).astype(jnp.float32)
         # Interpolation ends in a few steps on smooth data and may creep on others:
         # past the first steps every second one bisects, which bounds the whole.
-        bisect = (step >= _INTERPOLATIONS) & (step % 2 == 0)
+        bisect = (step >= _select._INTERPOLATIONS) & (step % 2 == 0)
         share = jnp.where(bisect, jnp.float32(0.5), share)
         # At most half the width is jumped, from the nearer end: more would round.
         jump = (jnp.minimum(share, 1 - share) * width).astype(low.dtype)
         t = jnp.where(share <= 0.5, low + jump, high - jump)
+        for i, guess in enumerate(guesses):
+            t = jnp.where(step == i - len(guesses), guess, t)
         t = jnp.clip(t, low + one, high - one)
         now = counted(t)
         enough = now >= count
@@ -153,9 +153,35 @@ def _threshold(keys: list[Any], count: Any, limit: int) -> tuple[Any, Any, Any]:
         )
 
     high = jnp.array(limit, one.dtype)
-    state = (one, high, counted(one), jnp.int32(0), jnp.int32(0))
+    state = (one, high, counted(one), jnp.int32(0), jnp.int32(-len(guesses)))
     low, _, at_least, above, _ = lax.while_loop(unfinished, narrow, state)
     return low, at_least, above
+
+
+def _bracket_from_sample(keys: list[Any], count: Any, limit: int) -> tuple[Any, ...]:
+    """Two thresholds that likely bracket the right one, by ranks in a sample."""
+    size = sum(key.size for key in keys)
+    if size < _select._SAMPLE_FROM:
+        return ()
+    rate = size // _select._SAMPLE_SIZE
+    sample = jnp.concatenate([_every(key, rate).ravel() for key in keys])
+    rank = count.astype(jnp.float32) * jnp.float32(sample.size / size)
+    spread = jnp.maximum(rank * (1 - rank / sample.size), 1)
+    spread = 3 * jnp.sqrt(spread) + 1
+    ranks = [
+        jnp.clip(rank + s, 1, sample.size).astype(jnp.int32) for s in (spread, -spread)
+    ]
+    return tuple(_select._threshold(sample, r, limit)[0] for r in ranks)
+
+
+def _every(key: Any, rate: int) -> Any:
+    """About one entry in `rate`: by a stride per axis, so that shards stay in place."""
+    strides = []
+    for length in key.shape[:-1]:
+        strides.append(max(1, min(rate, length // 8, math.isqrt(rate) | 1)))
+        rate //= strides[-1]
+    strides += [max(1, min(rate, length)) for length in key.shape[-1:]]
+    return key[tuple(slice(None, None, stride) for stride in strides)]
 
 
 def _count(masks: list[Any]) -> Any:
