@@ -22,6 +22,9 @@ leaf filter
     Which parameters a transform touches. Never called a mask.
 N:M
     N *kept* of M, along the contraction axis.
+condensed
+    N:M weights stored as their kept values and the packed places of these, as
+    ``condense_nm`` makes them.
 implementation
     "xla", "mosaic_tpu", "mosaic_gpu": who computes. The same word is the file name.
 """
@@ -31,11 +34,21 @@ from sparsejax.layouts._block import check_layout as check_layout
 from sparsejax.layouts._block import gather_blocks as gather_blocks
 from sparsejax.layouts._block import scatter_blocks as scatter_blocks
 from sparsejax.layouts._block import transpose_blocks as transpose_blocks
+from sparsejax.layouts._nm import check_nm as check_nm
+from sparsejax.layouts._nm import condense_nm as condense_nm
+from sparsejax.layouts._nm import expand_nm as expand_nm
+from sparsejax.layouts._nm import pack_nm as pack_nm
+from sparsejax.layouts._nm import unpack_nm as unpack_nm
 
 __all__ = [
     "BlockLayout",
     "check_layout",
+    "check_nm",
+    "condense_nm",
+    "expand_nm",
     "gather_blocks",
+    "pack_nm",
     "scatter_blocks",
     "transpose_blocks",
+    "unpack_nm",
 ]
