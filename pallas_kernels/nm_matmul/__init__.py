@@ -1,0 +1,1 @@
+"""Products with a condensed N:M matrix: ``product`` and ``sampled``."""

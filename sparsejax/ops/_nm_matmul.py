@@ -1,0 +1,256 @@
+"""nm_matmul: the product with a condensed N:M weight, closed under differentiation.
+
+With w zero outside the places, the three products below are each other's derivatives,
+so reverse mode works to any order and every derivative runs a kernel:
+
+    y  = x w          product              dx = dy w^T    transposed product
+    dvalues = (x^T dy) at the places       sampled product
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.custom_batching import custom_vmap
+from jaxtyping import Array, Float, Shaped
+
+from pallas_kernels.nm_matmul._spec import Problem
+from sparsejax import _dispatch
+from sparsejax._dispatch import Choice, Implementation
+from sparsejax.layouts import expand_nm
+from sparsejax.layouts._nm import check_condensed
+from sparsejax.ops import _nm_matmul_xla
+from sparsejax.ops._block_sparse_matmul import _map
+from sparsejax.ops._checks import accumulator, check_floating, over_explicit_axes
+
+
+def nm_matmul(
+    x: Shaped[Array, "... _k"],
+    values: Shaped[Array, "..."],
+    indices: Shaped[Array, "..."],
+    *,
+    n: int,
+    m: int,
+    dtype: jax.typing.DTypeLike | None = None,
+    implementation: Choice = None,
+) -> Float[Array, "*batch p"]:
+    """Multiplies by a condensed N:M matrix.
+
+    ``y[..., c] = sum_r x[..., row(r, c)] values[r, c]``, where ``row(g * n + j, c)`` is
+    the row of the j-th kept entry of group g in column c: n entries are kept of every m
+    consecutive ones along the contraction axis. Holds and reads n / m of the weight and
+    2, 4 or 8 bits per place; the multiply-adds are those of the dense product. It pays
+    where reading the weight is what takes the time: at few rows of x.
+
+    Args:
+      x: Activations ``[..., k]``; float32, bfloat16, float16 (float64 on CPU).
+      values: Kept entries ``[k * n / m, p]``, as ``layouts.condense_nm`` makes them.
+      indices: Their packed places, uint32. Traced contents: new places do not
+        recompile. Not differentiated.
+      n: How many of each group are KEPT.
+      m: Group size.
+      dtype: In which x and values are multiplied, and that of y; default, their
+        promoted dtype. Sums are float32 in any case, and the gradient of float32
+        ``values`` comes out of those sums unrounded: keep float32 master values and
+        pass ``dtype=jnp.bfloat16``.
+      implementation: "xla" or a kernel's name; None chooses and always works. A named
+        implementation never falls back.
+
+    Returns:
+      y ``[..., p]``.
+
+    Raises:
+      ValueError: Shapes or dtypes do not fit; n > m; concrete indices are not valid;
+        the implementation's name is unknown.
+      NotImplementedError: The named implementation does not serve these shapes, this
+        dtype or this platform.
+
+    Example:
+      >>> w = jnp.array([[1.0], [2.0], [3.0], [4.0]])
+      >>> values, indices = sparsejax.layouts.condense_nm(
+      ...     w, jnp.array([[False], [True], [False], [True]]), n=2, m=4)
+      >>> print(sparsejax.ops.nm_matmul(jnp.ones((1, 4)), values, indices, n=2, m=4))
+      [[6.]]
+
+    References:
+      Mishra et al., `Accelerating Sparse Deep Neural Networks
+      <https://arxiv.org/abs/2104.08378>`_, 2021.
+
+    Note:
+      Reverse mode to any order, in x and values. Forward mode raises JAX's error for
+      ``custom_vjp``; ``nm_matmul_reference`` has it.
+    """
+    check_condensed(values, indices, n, m)
+    k, p = values.shape[0] // n * m, values.shape[1]
+    if x.ndim < 1 or x.shape[-1] != k:
+        raise ValueError(
+            f"x: got shape {x.shape}, needed [..., {k}]: values {values.shape} are the "
+            f"{n} of every {m} rows of a {(k, p)} matrix"
+        )
+    check_floating(x=x, values=values)
+    compute = jnp.promote_types(x.dtype, values.dtype) if dtype is None else dtype
+    check_floating(dtype=jax.ShapeDtypeStruct((), jnp.dtype(compute)))
+    static = _Static(implementation, n, m, jnp.dtype(compute))
+
+    def local(x, values, indices):
+        rows = x.reshape(-1, k)
+        # TPU and GPU have no empty arrays; a row of zeros adds nothing.
+        some = rows if rows.shape[0] else jnp.zeros((1, k), x.dtype)
+        y = _product(static, *_dispatch.vary_alike(some, values, indices))
+        return y[: rows.shape[0]].reshape(*x.shape[:-1], p)
+
+    return over_explicit_axes(local, x, values, indices, keep_rows=True)
+
+
+def nm_matmul_reference(
+    x: Float[Array, "*batch k"],
+    values: Float[Array, "kept p"],
+    indices: Shaped[Array, "words p"],
+    *,
+    n: int,
+    m: int,
+) -> Float[Array, "*batch p"]:
+    """The equation of ``nm_matmul``: the dense product with the expanded weight.
+
+    Differentiable in both modes.
+    """
+    dtype = jnp.promote_types(x.dtype, values.dtype)
+    w = expand_nm(values, indices, n=n, m=m).astype(dtype)
+    y = jnp.matmul(x.astype(dtype), w, preferred_element_type=accumulator(dtype))
+    return y.astype(dtype)
+
+
+# --- The three products, each with its derivative -------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class _Static:
+    """What is fixed while tracing: who computes, what is kept, and in which dtypes."""
+
+    choice: Choice
+    n: int
+    m: int
+    compute: jnp.dtype
+    out: jnp.dtype | None = None  # of a sampled product
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _product(static, x, values, indices):
+    """y = x w, in static.compute."""
+    return _multiply(static, "nm", x, values, indices)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _transposed_product(static, y, values, indices):
+    """x = y w^T, in static.compute."""
+    return _multiply(static, "nm_transposed", y, values, indices)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _sampled(static, x, y, indices):
+    """values = x^T y at the places; multiplied in static.compute, out in static.out."""
+    # A kernel writes its operands' dtype or float32; anything else is a cast.
+    out = static.out if static.out in (static.compute, jnp.float32) else static.compute
+    x, y = x.astype(static.compute), y.astype(static.compute)
+    values = _call((static, "nm_sampled", out), x, y, indices)
+    return values.astype(static.out)
+
+
+def _multiply(static, op, x, values, indices):
+    x, values = x.astype(static.compute), values.astype(static.compute)
+    return _call((static, op, static.compute), x, values, indices)
+
+
+def _keep(fn):
+    """Forward rule: the operands are the residuals."""
+    return lambda static, a, b, indices: (fn(static, a, b, indices), (a, b, indices))
+
+
+def _product_bwd(static, residuals, dy):
+    x, values, indices = residuals
+    dx = _transposed_product(static, dy, values, indices).astype(x.dtype)
+    out = dataclasses.replace(static, out=values.dtype)
+    return dx, _sampled(out, x, dy, indices), None
+
+
+def _transposed_product_bwd(static, residuals, dx):
+    y, values, indices = residuals
+    dy = _product(static, dx, values, indices).astype(y.dtype)
+    out = dataclasses.replace(static, out=values.dtype)
+    return dy, _sampled(out, dx, y, indices), None
+
+
+def _sampled_bwd(static, residuals, dvalues):
+    x, y, indices = residuals
+    dx = _transposed_product(static, y, dvalues, indices).astype(x.dtype)
+    dy = _product(static, x, dvalues, indices).astype(y.dtype)
+    return dx, dy, None
+
+
+_product.defvjp(_keep(_product), _product_bwd)
+_transposed_product.defvjp(_keep(_transposed_product), _transposed_product_bwd)
+_sampled.defvjp(_keep(_sampled), _sampled_bwd)
+
+
+# --- Calls of the kernels -------------------------------------------------------------
+
+
+@_dispatch.jit
+def _call(how, x, other, indices):
+    """Product of x with values, or of x with dy; ``how``: (static, op, out dtype)."""
+    static, op, out = how
+
+    @custom_vmap
+    def call(x, other, indices):
+        problem = _problem(static, op, out, x, other)
+        return _dispatch.call(NM_MATMUL, static.choice, problem, x, other, indices)
+
+    @call.def_vmap
+    def _(size, batched, x, *rest):
+        if op != "nm_sampled" and batched[0] and not any(batched[1:]):
+            # Only x: its batch is more rows.
+            y = call(x.reshape(-1, x.shape[-1]), *rest)
+            return y.reshape(size, x.shape[1], -1), True
+        return _map(call, batched, (x, *rest)), True
+
+    return call(x, other, indices)
+
+
+def _problem(static, op, out, x, other):
+    k = other.shape[0] // static.n * static.m if op != "nm_sampled" else x.shape[1]
+    return Problem(
+        op=op,
+        rows=x.shape[0],
+        k=k,
+        p=other.shape[1],
+        n=static.n,
+        m=static.m,
+        dtype=x.dtype.name,
+        out_dtype=jnp.dtype(out).name,
+    )
+
+
+def _run_xla(problem, chip, interpret, x, other, words):
+    del chip, interpret
+    group = dict(n=problem.n, m=problem.m)
+    if problem.op == "nm_sampled":
+        out = jnp.dtype(problem.out_dtype)
+        return _nm_matmul_xla.sampled(x, other, words, **group, dtype=out)
+    transpose = problem.op == "nm_transposed"
+    return _nm_matmul_xla.product(x, other, words, **group, transpose=transpose)
+
+
+def _note_xla(problem):
+    if problem.op == "nm_sampled":
+        return "the dense product, of which the kept entries are taken"
+    return "expand and multiply, slower than dense: one more pass over the weight"
+
+
+def _anything(problem, chip):
+    """XLA takes every problem."""
+
+
+NM_MATMUL = {
+    "xla": Implementation("xla", None, _anything, _run_xla, note=_note_xla),
+}
