@@ -13,12 +13,40 @@ from sparsejax.transforms._dynamic import (
 from sparsejax.transforms._fixed import gradual_magnitude as gradual_magnitude
 from sparsejax.transforms._fixed import static as static
 from sparsejax.transforms._leaves import default_leaf_filter as default_leaf_filter
+from sparsejax.transforms._penalties import HypersparseState as HypersparseState
+from sparsejax.transforms._penalties import add_hypersparse as add_hypersparse
+from sparsejax.transforms._penalties import (
+    hypersparse_coefficient as hypersparse_coefficient,
+)
+from sparsejax.transforms._penalties import hypersparse_penalty as hypersparse_penalty
+from sparsejax.transforms._penalties import (
+    mask_sparsity_penalty as mask_sparsity_penalty,
+)
 from sparsejax.transforms._plots import mask_change as mask_change
 from sparsejax.transforms._plots import plot_density as plot_density
 from sparsejax.transforms._plots import plot_mask_change as plot_mask_change
+from sparsejax.transforms._proximal import ProximalState as ProximalState
+from sparsejax.transforms._proximal import group_envelope as group_envelope
+from sparsejax.transforms._proximal import group_lasso as group_lasso
+from sparsejax.transforms._proximal_operators import (
+    group_envelope_penalty as group_envelope_penalty,
+)
+from sparsejax.transforms._proximal_operators import (
+    group_lasso_penalty as group_lasso_penalty,
+)
+from sparsejax.transforms._proximal_operators import (
+    prox_group_envelope as prox_group_envelope,
+)
+from sparsejax.transforms._proximal_operators import (
+    prox_group_lasso as prox_group_lasso,
+)
 from sparsejax.transforms._report import ReportRow as ReportRow
 from sparsejax.transforms._report import SparsityReport as SparsityReport
 from sparsejax.transforms._report import report as report
+from sparsejax.transforms._shrinkage import ShrinkageState as ShrinkageState
+from sparsejax.transforms._shrinkage import (
+    iterative_soft_shrinkage as iterative_soft_shrinkage,
+)
 from sparsejax.transforms._sparsify import SparsifyState as SparsifyState
 from sparsejax.transforms._sparsify import get_masks as get_masks
 from sparsejax.transforms._sparsify import is_update_step as is_update_step
@@ -27,18 +55,32 @@ from sparsejax.transforms._updater import MaskUpdate as MaskUpdate
 from sparsejax.transforms._updater import Updater as Updater
 
 __all__ = (
+    "HypersparseState",
     "MaskUpdate",
+    "ProximalState",
     "ReportRow",
+    "ShrinkageState",
     "SparsifyState",
     "SparsityReport",
     "Updater",
+    "add_hypersparse",
     "default_leaf_filter",
     "get_masks",
     "gradual_magnitude",
+    "group_envelope",
+    "group_envelope_penalty",
+    "group_lasso",
+    "group_lasso_penalty",
+    "hypersparse_coefficient",
+    "hypersparse_penalty",
     "is_update_step",
+    "iterative_soft_shrinkage",
     "mask_change",
+    "mask_sparsity_penalty",
     "plot_density",
     "plot_mask_change",
+    "prox_group_envelope",
+    "prox_group_lasso",
     "report",
     "rigl",
     "sparse_evolutionary_training",
