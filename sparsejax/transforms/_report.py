@@ -170,7 +170,9 @@ def report(
     )
 
 
-def _flops(kept: int, size: int, multiplies: bool, rho: float) -> tuple:
+def _flops(
+    kept: int, size: int, multiplies: bool, rho: float
+) -> tuple[int, float, int, int]:
     """Forward, backward, and both dense."""
     if not multiplies:
         return 0, 0, 0, 0
@@ -184,13 +186,14 @@ def _dead(mask: Any, axes: masks_lib.Axes) -> tuple[int, int, int, int]:
     if mask.ndim < 2:
         return 0, 0, 0, 0
     axes.logical_shape(mask.shape)  # refuses axes that do not fit
-    found = []
-    for own in (axes.fan_in, axes.fan_out):
+
+    def dead(own: tuple[int, ...]) -> tuple[int, int]:
         stay = {axis % mask.ndim for axis in (*own, *axes.stacked)}
         rest = tuple(axis for axis in range(mask.ndim) if axis not in stay)
         alive = np.asarray(jnp.any(mask, axis=rest))
-        found += [int(np.sum(~alive)), alive.size]
-    return tuple(found)
+        return int(np.sum(~alive)), alive.size
+
+    return *dead(axes.fan_in), *dead(axes.fan_out)
 
 
 def _skipped_updates(opt_state: Any) -> int:
