@@ -20,7 +20,9 @@ class ReportRow(NamedTuple):
     kept: int  # weights kept, whatever their value
     size: int  # weights
     forward_flops: int
-    backward_flops: float  # an integer unless gradients are dense at some steps only
+    backward_flops: (
+        int | float
+    )  # an integer unless gradients are dense at some steps only
     dense_forward_flops: int
     dense_backward_flops: int
     dead_inputs: int  # inputs that no kept weight reads
@@ -172,7 +174,7 @@ def report(
 
 def _flops(
     kept: int, size: int, multiplies: bool, rho: float
-) -> tuple[int, float, int, int]:
+) -> tuple[int, int | float, int, int]:
     """Forward, backward, and both dense."""
     if not multiplies:
         return 0, 0, 0, 0
