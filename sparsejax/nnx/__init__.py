@@ -6,10 +6,24 @@ Variables: ``nnx.Param`` for kernel and bias; ``Mask`` and ``Layout`` hold the t
 needs.
 """
 
+from sparsejax.nnx._iso_flop import SparseDoped as SparseDoped
+from sparsejax.nnx._iso_flop import SparseFactorized as SparseFactorized
+from sparsejax.nnx._iso_flop import SparseParallel as SparseParallel
+from sparsejax.nnx._iso_flop import SparseWide as SparseWide
 from sparsejax.nnx._linear import BlockSparseLinear as BlockSparseLinear
 from sparsejax.nnx._linear import MaskedLinear as MaskedLinear
 from sparsejax.nnx._variables import GrowthProbe as GrowthProbe
 from sparsejax.nnx._variables import Layout as Layout
 from sparsejax.nnx._variables import Mask as Mask
 
-__all__ = ["BlockSparseLinear", "GrowthProbe", "Layout", "Mask", "MaskedLinear"]
+__all__ = [
+    "BlockSparseLinear",
+    "GrowthProbe",
+    "Layout",
+    "Mask",
+    "MaskedLinear",
+    "SparseDoped",
+    "SparseFactorized",
+    "SparseParallel",
+    "SparseWide",
+]
