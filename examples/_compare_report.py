@@ -1,0 +1,342 @@
+"""What ``compare_methods.py`` shows: rows on disk, table, claims, picture."""
+
+import json
+import math
+import pathlib
+import statistics
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import matplotlib
+
+matplotlib.use("Agg")  # pictures go to files, also where there is no screen
+
+import matplotlib.pyplot as plt
+import matplotlib.ticker
+import numpy as np
+import rich.box
+import rich.table
+
+# Told apart also without colour vision (Okabe and Ito).
+COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
+MARKERS = "osD^vP"
+
+_PERCENT = [0, 20, 40, 60, 80, 90, 95, 97, 98, 99]  # ticks of an accuracy
+
+Row = dict[str, Any]
+
+
+# ---- rows on disk ------------------------------------------------------------------
+
+
+class Rows:
+    """JSON lines: the settings, then one row per training, each on disk when added."""
+
+    def __init__(self, path: pathlib.Path, settings: dict[str, Any]):
+        """Reads what is there; writes nothing.
+
+        Raises:
+          ValueError: The file holds rows of other settings, or is damaged elsewhere
+            than in its last line.
+        """
+        self.path, self.settings, self.rows = path, settings, []
+        records, self.good = _read(path)
+        if records:
+            there, self.rows = records[0].get("settings", {}), records[1:]
+            for name in {**there, **settings}:
+                if there.get(name) != settings.get(name):
+                    raise ValueError(
+                        f"--out: got {path.parent}, whose rows have {name} "
+                        f"{there.get(name)!r}, needed {settings.get(name)!r}: another "
+                        "folder for other settings"
+                    )
+
+    def open(self) -> None:
+        """Makes the file; takes away a last line that was cut off."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("ab") as file:
+            file.truncate(self.good)
+        if not self.good:
+            self._append({"settings": self.settings})
+
+    def add(self, row: Row) -> None:
+        """Appends one row."""
+        self.rows.append(row)
+        self._append(row)
+
+    def has(self, method: str, sparsity: float, seed: int) -> bool:
+        """Whether the row of this training is there."""
+        return any(
+            (row["method"], row["sparsity"], row["seed"]) == (method, sparsity, seed)
+            for row in self.rows
+        )
+
+    def _append(self, record: Row) -> None:
+        with self.path.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+
+
+def _read(path: pathlib.Path) -> tuple[list[Row], int]:
+    """Records, and how many bytes they are."""
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    records, good = [], 0
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+            whole = isinstance(record, dict) and line.endswith(b"\n")
+        except ValueError:
+            whole = False
+        if not whole and number == len(lines):  # killed while writing it
+            break
+        if not whole:
+            raise ValueError(
+                f"--out: got {path}, whose line {number} is no record, needed a file "
+                "of this program: take the line out or use another folder"
+            )
+        records.append(record)
+        good += len(line)
+    return records, good
+
+
+# ---- numbers -----------------------------------------------------------------------
+
+
+class Score(NamedTuple):
+    """Mean over seeds and its standard error, NaN of one seed."""
+
+    mean: float
+    error: float
+    count: int
+
+    def __str__(self) -> str:
+        error = "" if math.isnan(self.error) else f" ± {self.error:.2f}"
+        return f"{self.mean:.2f}{error}"
+
+
+def score(values: Sequence[float]) -> Score:
+    """Mean and standard error: the sample's deviation over the root of the count."""
+    count = len(values)
+    error = statistics.stdev(values) / count**0.5 if count > 1 else math.nan
+    return Score(statistics.fmean(values) if values else math.nan, error, count)
+
+
+class Scores:
+    """Scores of the rows on one split."""
+
+    def __init__(self, rows: Iterable[Row], split: str):
+        self.split = split
+        self.by_seed: dict[tuple[str, float], dict[int, float]] = {}
+        for row in rows:
+            found = self.by_seed.setdefault((row["method"], row["sparsity"]), {})
+            found[row["seed"]] = row[split]
+
+    def __call__(self, method: str, sparsity: float) -> Score:
+        """Of a method at a sparsity; its mean is NaN where there are no rows."""
+        return score([*self.by_seed.get((method, sparsity), {}).values()])
+
+    def sparsities(self, method: str) -> list[float]:
+        """At which there are rows, rising."""
+        return sorted(s for name, s in self.by_seed if name == method)
+
+    def difference(self, one: str, other: str, at: float, other_at: float) -> Score:
+        """Of two methods over the seeds that both have: pairs, of equal beginnings."""
+        pair = [self.by_seed.get(k, {}) for k in ((one, at), (other, other_at))]
+        seeds = sorted(set(pair[0]) & set(pair[1]))
+        return score([pair[0][seed] - pair[1][seed] for seed in seeds])
+
+
+class Claim(NamedTuple):
+    """What the literature has us expect: one of `methods` is better than `other`."""
+
+    text: str
+    methods: tuple[str, ...]  # of several the best on the validation split
+    other: str
+    sparsities: tuple[float, ...]
+    within: bool = False  # at most one standard error (of `other`) worse is enough
+
+
+def check_claims(
+    claims: Sequence[Claim], validation: Scores, shown: Scores, sign: int
+) -> list[tuple[str, ...]]:
+    """Rows of text: claim, sparsity, scores, difference, verdict.
+
+    Args:
+      claims: What to check; left out where there are no rows.
+      validation: Scores by which one of several methods is chosen.
+      shown: Scores that are compared.
+      sign: 1 where more is better, -1 where less is.
+    """
+    lines = []
+    for claim in claims:
+        for sparsity in claim.sparsities:
+            there = [m for m in claim.methods if shown(m, sparsity).count]
+            at = sparsity if shown(claim.other, sparsity).count else 0.0  # dense
+            if not there or not shown(claim.other, at).count:
+                continue
+            best = max(there, key=lambda m: sign * validation(m, sparsity).mean)
+            one, other = shown(best, sparsity), shown(claim.other, at)
+            gap = shown.difference(best, claim.other, sparsity, at)
+            gain = sign * (one.mean - other.mean)
+            holds = gain >= -other.error if claim.within else gain > 0
+            verdict = "holds" if holds else "does not hold"
+            if not claim.within and abs(gap.mean) <= gap.error:
+                verdict += ", within one standard error"
+            lines.append(
+                (
+                    claim.text,
+                    f"{sparsity:.4g}",
+                    f"{best} {one}",
+                    f"{claim.other} {other}",
+                    f"{gap.mean:+.2f} ± {gap.error:.2f}",
+                    verdict,
+                )
+            )
+    return lines
+
+
+CLAIMS_HEAD = ("claim", "sparsity", "one", "other", "difference, by seed", "verdict")
+
+
+def score_lines(scores: Scores, methods: Sequence[str]) -> list[tuple[str, ...]]:
+    """Rows of text, the head first: a method per row, a sparsity per column."""
+    columns = sorted({s for m in methods for s in scores.sparsities(m)})
+    lines = [("method", *(show_sparsity(s) for s in columns))]
+    for method in methods:
+        if scores.sparsities(method):
+            found = [scores(method, s) for s in columns]
+            lines.append((method, *(str(x) if x.count else "" for x in found)))
+    return lines
+
+
+def show_sparsity(sparsity: float) -> str:
+    """0.95 -> 95%."""
+    return "dense" if sparsity == 0 else f"{100 * sparsity:.4g}%"
+
+
+def markdown(lines: Sequence[Sequence[str]]) -> str:
+    """A table, its head first."""
+    rows = ["| " + " | ".join(line) + " |" for line in lines]
+    rows.insert(1, "|" + " --- |" * len(lines[0]))
+    return "\n".join(rows) + "\n"
+
+
+def on_terminal(lines: Sequence[Sequence[str]], title: str) -> rich.table.Table:
+    """The same for the terminal."""
+    table = rich.table.Table(title=title, title_justify="left", box=rich.box.SIMPLE)
+    for name in lines[0]:
+        table.add_column(name)
+    for line in lines[1:]:
+        table.add_row(*line)
+    return table
+
+
+# ---- the picture -------------------------------------------------------------------
+
+
+def plot(
+    scores: Scores,
+    families: dict[str, list[str]],
+    references: Sequence[str],
+    *,
+    ylabel: str,
+    percent: bool,
+    path: pathlib.Path,
+) -> None:
+    """Score against sparsity: a panel per family, the references in grey in each."""
+    there = lambda names: [m for m in names if scores.sparsities(m)]
+    families = {k: there(names) for k, names in families.items() if there(names)}
+    # What only is a reference needs no panel.
+    families = {k: v for k, v in families.items() if v != ["dense"]} or families
+    columns = min(len(families), 3)
+    rows = -(-len(families) // columns)
+    figure, axes = plt.subplots(
+        rows,
+        columns,
+        figsize=(1 + 3.7 * columns, 0.6 + 3.3 * rows),
+        sharex=True,
+        sharey=True,
+        layout="constrained",
+        squeeze=False,
+    )
+    ticks = sorted(
+        {s for m in sum(families.values(), []) for s in scores.sparsities(m)}
+    )
+    for axis, (family, methods) in zip(axes.flat, families.items(), strict=False):
+        for reference in there(references):
+            _draw_reference(axis, scores, reference)
+        for i, method in enumerate(methods):
+            if method in references:
+                continue
+            sparsities = scores.sparsities(method)
+            found = [scores(method, s) for s in sparsities]
+            # A little to the side, or bars hide each other.
+            axis.errorbar(
+                [(1 - s) * 1.03 ** (i - len(methods) / 2) for s in sparsities],
+                [x.mean for x in found],
+                yerr=[0 if math.isnan(x.error) else x.error for x in found],
+                color=COLORS[i % len(COLORS)],
+                marker=MARKERS[i % len(MARKERS)],
+                markersize=5,
+                linewidth=1.4,
+                capsize=2,
+                label=method,
+            )
+        axis.set_title(family, loc="left")
+        if percent:
+            axis.set_yscale("function", functions=(_rank_of, _accuracy_of))
+            axis.yaxis.set_major_locator(matplotlib.ticker.FixedLocator(_PERCENT))
+        axis.set_xscale("log")
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.legend(frameon=False, fontsize="small")
+    sparse = [s for s in ticks if s > 0]
+    if sparse:
+        first = axes[0, 0]
+        first.set_xlim((1 - sparse[0]) * 1.2, (1 - sparse[-1]) / 1.2)
+        first.set_xticks(
+            [1 - s for s in _apart(sparse)], map(show_sparsity, _apart(sparse))
+        )
+        first.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
+    for axis in axes.flat[len(families) :]:
+        axis.set_visible(False)
+    figure.supxlabel("sparsity of the kernels")
+    figure.supylabel(f"{ylabel}, {scores.split}")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _rank_of(accuracy: Any) -> Any:
+    """Even steps are equal factors of the error."""
+    return -np.log(np.maximum(100 - accuracy, 1e-3))
+
+
+def _accuracy_of(rank: Any) -> Any:
+    return 100 - np.exp(-rank)
+
+
+def _draw_reference(axis: Any, scores: Scores, method: str) -> None:
+    sparsities = scores.sparsities(method)
+    found = [scores(method, s) for s in sparsities]
+    if sparsities == [0.0]:
+        (one,) = found
+        axis.axhline(one.mean, color="0.45", linestyle="--", linewidth=1, label=method)
+        if not math.isnan(one.error):
+            axis.axhspan(one.mean - one.error, one.mean + one.error, color="0.9")
+        return
+    axis.plot(
+        [1 - s for s in sparsities],
+        [x.mean for x in found],
+        color="0.6",
+        linestyle=":",
+        linewidth=1.6,
+        label=method,
+    )
+
+
+def _apart(sparsities: Sequence[float]) -> list[float]:
+    """Those with room for a label on a logarithmic axis."""
+    kept: list[float] = []
+    for s in sparsities:
+        if not kept or (1 - kept[-1]) / (1 - s) > 1.2:
+            kept.append(s)
+    return kept

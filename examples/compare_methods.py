@@ -1,0 +1,421 @@
+"""Compares sparse-training methods on real data: methods x sparsities x seeds.
+
+A multilayer perceptron learns scikit-learn's handwritten digits, or guesses the next
+byte of the Python standard library's sources (as ``pretrain_lm.py`` does). Every method
+gets the same initial weights, batches and steps for a seed. From the repository's root:
+
+    # all methods at 80, 90, 95 and 98%, five seeds: some minutes on two cores
+    python examples/compare_methods.py
+
+    # some of them; what is there already is not done again
+    python examples/compare_methods.py --methods dense static_uniform rigl \
+        --sparsities 0.9 0.95 --seeds 3
+
+    # the next byte of real source code instead of digits
+    python examples/compare_methods.py --data text
+
+    # while choosing settings: look at the validation split alone
+    python examples/compare_methods.py --split validation --learning-rate 3e-3 \
+        --out runs/tuning
+
+Each finished training is one line of ``rows.jsonl`` in ``--out``: stop at any time and
+run the same command again. At the end ``table.md`` and ``comparison.png`` hold mean and
+standard error over the seeds, and what the literature claims is checked against them.
+A method is an entry of METHODS below: a function that trains, made of sparsejax's.
+"""
+
+import argparse
+import dataclasses
+import pathlib
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import _compare
+import _compare_report
+import jax
+import jax.numpy as jnp
+import rich.console
+import rich.progress
+
+from sparsejax import masks, transforms
+
+# ---- methods -----------------------------------------------------------------------
+
+TO_SPARSE = "dense to sparse"
+MOVING = "sparse to sparse"
+FIXED = "masks at initialization"
+
+
+class Method(NamedTuple):
+    """How to train: `run(case)` returns parameters, or a list of them to average over.
+
+    It is traced, once per sparsity. `kind` says at which sparsities it runs: "any",
+    "pattern" (N:M) or "dense".
+    """
+
+    family: str
+    run: Callable[[_compare.Case], Any]
+    kind: str = "any"
+
+
+def updated(
+    make: Callable[..., transforms.Updater], **keywords: Any
+) -> Callable[[_compare.Case], Any]:
+    """Trains under `sparsify` with what `make` makes of sparsity, times and key."""
+
+    def run(case: _compare.Case):
+        settings = case.settings
+        updater = make(
+            sparsity=case.sparsity,
+            begin=settings.every,
+            end=settings.end,
+            every=settings.every,
+            key=case.mask_key,
+            **keywords,
+        )
+        return _compare.fit(case, updater)
+
+    return run
+
+
+ERDOS_RENYI = {"distribution": masks.erdos_renyi}
+
+METHODS = {
+    "dense": Method(TO_SPARSE, _compare.fit, "dense"),
+    "gradual_magnitude": Method(TO_SPARSE, updated(transforms.gradual_magnitude)),
+    "static_uniform": Method(FIXED, updated(transforms.static)),
+    "static_erdos_renyi": Method(FIXED, updated(transforms.static, **ERDOS_RENYI)),
+    "set": Method(
+        MOVING, updated(transforms.sparse_evolutionary_training, **ERDOS_RENYI)
+    ),
+    "rigl": Method(MOVING, updated(transforms.rigl, **ERDOS_RENYI)),
+    "rigl_uniform": Method(MOVING, updated(transforms.rigl)),
+}
+REFERENCES = ("dense", "static_erdos_renyi")
+
+CLAIMS = (
+    _compare_report.Claim(
+        "RigL beats static random", ("rigl",), "static_erdos_renyi", (0.95, 0.98)
+    ),
+    _compare_report.Claim(
+        "Erdos-Renyi beats uniform",
+        ("static_erdos_renyi",),
+        "static_uniform",
+        (0.95, 0.98),
+    ),
+    _compare_report.Claim(
+        "gradual magnitude is within one standard error of dense",
+        ("gradual_magnitude",),
+        "dense",
+        (0.8,),
+        within=True,
+    ),
+)
+
+
+# ---- the comparison ----------------------------------------------------------------
+
+
+class Point(NamedTuple):
+    """A method at a sparsity."""
+
+    method: str
+    sparsity: float
+    pattern: tuple[int, int] | None = None
+
+    def __str__(self) -> str:
+        if self.pattern:
+            return f"{self.method} {self.pattern[0]}:{self.pattern[1]}"
+        return f"{self.method} {_compare_report.show_sparsity(self.sparsity)}"
+
+
+def points_of(
+    methods: Sequence[str],
+    sparsities: Sequence[float],
+    patterns: Sequence[tuple[int, int]],
+) -> list[Point]:
+    """Every method at each sparsity of its kind."""
+    points = []
+    for name in methods:
+        kind = METHODS[name].kind
+        if kind == "dense":
+            points.append(Point(name, 0.0))
+        elif kind == "pattern":
+            points += [Point(name, 1 - n / m, (n, m)) for n, m in patterns]
+        else:
+            points += [Point(name, sparsity) for sparsity in sparsities]
+    return points
+
+
+def compile_point(
+    point: Point, settings: _compare.Settings, task: _compare.Task
+) -> Callable[[int], dict[str, float]]:
+    """Returns seed -> scores, compiled once for all seeds."""
+
+    def program(key, train):
+        case = _compare.Case(task, train, settings, point.sparsity, point.pattern, key)
+        with jax.numpy_dtype_promotion("standard"):  # optax mixes dtypes
+            found = METHODS[point.method].run(case)
+            found = found if isinstance(found, list) else [found]
+            scores = [_compare.evaluate(task, params) for params in found]
+            return jax.tree.map(lambda *x: jnp.mean(jnp.stack(x)), *scores)
+
+    compiled = jax.jit(program).lower(jax.random.key(0), task.train).compile()
+
+    def run(seed: int) -> dict[str, float]:
+        scores = compiled(jax.random.key(seed), task.train)
+        return {name: round(float(x), 6) for name, x in scores.items()}
+
+    return run
+
+
+def make_console() -> rich.console.Console:
+    """As wide as the terminal; wide enough for the tables where there is none."""
+    console = rich.console.Console()
+    return console if console.is_terminal else rich.console.Console(width=160)
+
+
+def compare(
+    points: Sequence[Point],
+    seeds: int,
+    settings: _compare.Settings,
+    task: _compare.Task,
+    rows: _compare_report.Rows,
+    split: str,
+) -> None:
+    """Does the trainings that have no row yet."""
+    console = make_console()
+    todo = {
+        point: [
+            s for s in range(seeds) if not rows.has(point.method, point.sparsity, s)
+        ]
+        for point in points
+    }
+    total, left = len(points) * seeds, sum(map(len, todo.values()))
+    console.print(f"{total} trainings, {total - left} of them are in {rows.path}")
+    progress = rich.progress.Progress(
+        rich.progress.TextColumn("{task.description}"),
+        rich.progress.BarColumn(),
+        rich.progress.MofNCompleteColumn(),
+        rich.progress.TimeElapsedColumn(),
+        rich.progress.TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+    )
+    with progress:
+        bar = progress.add_task("", total=total, completed=total - left)
+        for point, missing in todo.items():
+            if not missing:
+                continue
+            progress.update(bar, description=f"{point}, compiling")
+            begin = time.perf_counter()
+            run = compile_point(point, settings, task)
+            compiling = time.perf_counter() - begin
+            progress.update(bar, description=str(point))
+            for seed in missing:
+                begin = time.perf_counter()
+                scores = run(seed)
+                rows.add(
+                    {
+                        "method": point.method,
+                        "sparsity": point.sparsity,
+                        "seed": seed,
+                        **scores,
+                        "seconds": round(time.perf_counter() - begin, 3),
+                    }
+                )
+                progress.advance(bar)
+            found = _compare_report.Scores(rows.rows, split)
+            console.print(
+                f"{point}: {found(point.method, point.sparsity)} ({split}; "
+                f"{compiling:.1f} s to compile)"
+            )
+
+
+def report(
+    rows: _compare_report.Rows,
+    methods: Sequence[str],
+    settings: _compare.Settings,
+    split: str,
+    command: str,
+) -> None:
+    """Prints the tables and writes them and the picture."""
+    chosen = [row for row in rows.rows if row["method"] in methods]
+    scores = _compare_report.Scores(chosen, split)
+    validation = _compare_report.Scores(chosen, "validation")
+    metric, sign = {
+        "digits": ("accuracy in percent", 1),
+        "text": ("bits per byte", -1),
+    }[settings.data]
+    lines = _compare_report.score_lines(scores, methods)
+    claims = _compare_report.check_claims(CLAIMS, validation, scores, sign)
+    claims.insert(0, _compare_report.CLAIMS_HEAD)
+
+    seeds = len({row["seed"] for row in chosen})
+    title = f"{settings.data}: {metric} ({split} split), mean ± standard error"
+    console = make_console()
+    console.print(_compare_report.on_terminal(lines, f"{title}, {seeds} seeds"))
+    text = (
+        f"# {title}\n\n    {command}\n\n{seeds} seeds; "
+        + ", ".join(f"{k} {v}" for k, v in dataclasses.asdict(settings).items())
+        + f".\n\n{_compare_report.markdown(lines)}"
+    )
+    if len(claims) > 1:
+        console.print(_compare_report.on_terminal(claims, "What is claimed"))
+        text += f"\n## What is claimed\n\n{_compare_report.markdown(claims)}"
+    folder = rows.path.parent
+    (folder / "table.md").write_text(text)
+    families: dict[str, list[str]] = {}
+    for name in methods:
+        families.setdefault(METHODS[name].family, []).append(name)
+    _compare_report.plot(
+        scores,
+        families,
+        REFERENCES,
+        ylabel=metric,
+        percent=sign > 0,
+        path=folder / "comparison.png",
+    )
+    console.print(f"wrote {folder}/rows.jsonl, table.md and comparison.png")
+
+
+# ---- command line ------------------------------------------------------------------
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The command line; every field of Settings that is not given is the preset's."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument_group("what is compared").add_argument
+    add("--data", choices=_compare.PRESETS, default="digits", help="(default: digits)")
+    add(
+        "--paths",
+        nargs="+",
+        default=[],
+        metavar="PATH",
+        help="with --data text: files or folders, not the standard library's sources",
+    )
+    add(
+        "--methods",
+        nargs="+",
+        default=list(METHODS),
+        metavar="METHOD",
+        help=f"some of: {', '.join(METHODS)} (default: all)",
+    )
+    add(
+        "--sparsities",
+        nargs="+",
+        type=float,
+        default=[0.8, 0.9, 0.95, 0.98],
+        metavar="S",
+        help="shares of the kernels that are zero (0.8 0.9 0.95 0.98)",
+    )
+    add(
+        "--patterns",
+        nargs="+",
+        default=["1:8", "1:16"],
+        metavar="N:M",
+        help="N kept of M, for the N:M methods (1:8 1:16)",
+    )
+    add("--seeds", type=int, default=5, help="how many, from 0 (5)")
+    add(
+        "--split",
+        choices=("validation", "test"),
+        default="test",
+        help="what the table shows: choose settings on validation alone (test)",
+    )
+    add = parser.add_argument_group("model and training").add_argument
+    add("--examples", type=int, help="digits to train on")
+    add("--width", type=int, help="features of the two hidden layers")
+    add("--context", type=int, help="bytes of text before the one to guess")
+    add("--steps", type=int, help="train steps")
+    add("--batch", type=int, help="examples per step")
+    add("--learning-rate", type=float, help="at first; falls to 0 by a cosine")
+    add("--weight-decay", type=float, help="AdamW's, of the kernels")
+    add("--every", type=int, help="steps between mask updates, which end at 3/4")
+    add = parser.add_argument_group("where it goes").add_argument
+    add(
+        "--out",
+        type=pathlib.Path,
+        help="folder of rows and reports (runs/compare_methods/<data>)",
+    )
+    return parser.parse_args(argv)
+
+
+def configure(args: argparse.Namespace) -> tuple[_compare.Settings, list[Point]]:
+    """The settings and what to train, checked."""
+
+    def need(holds: bool, flag: str, got: Any, needed: str) -> None:
+        if not holds:
+            raise ValueError(f"--{flag}: got {got}, needed {needed}")
+
+    given = {
+        field.name: getattr(args, field.name)
+        for field in dataclasses.fields(_compare.Settings)
+        if getattr(args, field.name, None) is not None
+    }
+    settings = dataclasses.replace(_compare.PRESETS[args.data], **given)
+    for flag in ("width", "context", "steps", "batch", "every"):
+        got = getattr(settings, flag)
+        need(got >= 1, flag, got, "at least 1")
+    need(
+        settings.every <= settings.end,
+        "every",
+        settings.every,
+        f"at most {settings.end}, three quarters of --steps: else no mask would change",
+    )
+    need(settings.learning_rate > 0, "learning-rate", settings.learning_rate, "above 0")
+    need(args.seeds >= 1, "seeds", args.seeds, "at least 1")
+    for name in args.methods:
+        need(name in METHODS, "methods", repr(name), f"some of {', '.join(METHODS)}")
+    for sparsity in args.sparsities:
+        need(0 < sparsity < 1, "sparsities", sparsity, "numbers between 0 and 1")
+    patterns = []
+    for text in args.patterns:
+        n, _, m = text.partition(":")
+        right = n.isdecimal() and m.isdecimal() and 0 < int(n) < int(m)
+        need(right, "patterns", repr(text), "N:M with N kept of M, such as 1:8")
+        patterns.append((int(n), int(m)))
+        inputs = (
+            64 if settings.data == "digits" else settings.context * _compare.EMBEDDING
+        )
+        fits = inputs % int(m) == 0 and settings.width % int(m) == 0
+        uses = any(METHODS[name].kind == "pattern" for name in args.methods)
+        need(
+            fits or not uses,
+            "patterns",
+            repr(text),
+            f"M to divide {inputs} inputs and a --width of {settings.width}",
+        )
+    methods = list(dict.fromkeys(args.methods))
+    sparsities = sorted(set(args.sparsities))
+    return settings, points_of(methods, sparsities, patterns)
+
+
+def main(argv: list[str] | None = None) -> _compare_report.Rows:
+    """Compares what the command line says and reports."""
+    args = parse(argv)
+    settings, points = configure(args)
+    task = _compare.load_task(settings, args.paths)
+    settings = dataclasses.replace(settings, digest=task.digest)
+    task = task._replace(train=jax.tree.map(jnp.asarray, task.train))
+    folder = args.out or pathlib.Path("runs/compare_methods") / settings.data
+    rows = _compare_report.Rows(folder / "rows.jsonl", dataclasses.asdict(settings))
+    # Whatever was to be refused has been: from here on files are written.
+    rows.open()
+    compare(points, args.seeds, settings, task, rows, args.split)
+    methods = list(dict.fromkeys(point.method for point in points))
+    words = sys.argv[1:] if argv is None else argv
+    command = " ".join(["python examples/compare_methods.py", *words])
+    report(rows, methods, settings, args.split, command)
+    return rows
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ValueError as error:
+        sys.exit(f"compare_methods.py: {error}")
