@@ -91,6 +91,8 @@ def iso_flop(
         options = {name: getattr(dense, name) for name in _OPTIONS_OF_DENSE} | options
         dense = (dense.in_features, dense.out_features)
     k, n = dense
+    if min(k, n) < 1:
+        raise ValueError(f"dense: got sizes {dense}, needed positive ints")
     unit = _unit(options)
     common = dict(in_features=k, out_features=n, **options)
     if kind == "wide":
@@ -98,8 +100,6 @@ def iso_flop(
         return SparseWideSpec(wide_in=wide_in, wide_out=wide_out, **common)
     if kind == "parallel":
         return SparseParallelSpec(branches=math.ceil(1 / kept), **common)
-    if min(k, n) < 1:
-        raise ValueError(f"dense: got sizes {dense}, needed positive ints")
     if kind == "factorized":
         inner = math.ceil(k * n / ((k + n) * kept) / unit) * unit
         return SparseFactorizedSpec(inner=inner, **common)

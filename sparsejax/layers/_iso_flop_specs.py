@@ -35,7 +35,12 @@ class _IsoFlopSpec:
                 f"own_masks: got False with block_shape {self.block_shape}, needed "
                 "True: sparsify moves masks of entries, topology.step moves blocks"
             )
-        _ = self.linears  # their own checks
+        if min(self.in_features, self.out_features) < 1:
+            raise ValueError(
+                f"in_features, out_features: got {self.in_features}, "
+                f"{self.out_features}, needed positive ints"
+            )
+        _ = self.linears  # the checks of what is inside
 
     @property
     def linears(self) -> dict[str, Any]:
@@ -181,7 +186,7 @@ class SparseParallelSpec(_IsoFlopSpec):
     """
 
     branches: int
-    activation: Activation = jax.nn.relu
+    activation: Activation | None = jax.nn.relu
 
     def __post_init__(self):
         if self.branches < 1:
