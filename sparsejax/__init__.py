@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from sparsejax import masks as masks
     from sparsejax import nnx as nnx
     from sparsejax import ops as ops
+    from sparsejax import pruning as pruning
     from sparsejax import schedules as schedules
     from sparsejax import topology as topology
     from sparsejax import transforms as transforms
@@ -33,6 +34,7 @@ _SUBPACKAGES = (
     "masks",
     "nnx",
     "ops",
+    "pruning",
     "schedules",
     "topology",
     "transforms",

@@ -17,6 +17,7 @@ PACKAGES = [
     "masks",
     "nnx",
     "ops",
+    "pruning",
     "schedules",
     "topology",
     "transforms",
