@@ -217,13 +217,13 @@ class Case(NamedTuple):
         return self.task.draw(self.train, key)
 
 
-def make_optimizer(settings: Settings, steps: int) -> optax.GradientTransformation:
-    """AdamW with cosine decay; no decay on biases and embeddings."""
+def make_optimizer(settings: Settings, rate: Any) -> optax.GradientTransformation:
+    """AdamW; no decay on biases and embeddings."""
     return optax.adamw(
-        optax.cosine_decay_schedule(settings.learning_rate, steps),
+        rate,
         weight_decay=settings.weight_decay,
         mask=lambda params: jax.tree_util.tree_map_with_path(
-            lambda path, _: masks.path_name(path).endswith("kernel"), params
+            lambda path, _: is_kernel(path), params
         ),
     )
 
@@ -235,9 +235,11 @@ def fit(
     params: Any = None,
     steps: int | None = None,
     member: int = 0,
-    loss: Callable[[Any, Any, Any], Any] | None = None,
+    view: Callable[[Any, Any], Any] = lambda params, annealed: params,
+    annealing: Callable[[Any], Any] = lambda step: 0.0,
+    beside: Callable[[Any], Any] | None = None,
 ) -> Any:
-    """Trains and returns the parameters; traced as one program.
+    """Trains and returns the parameters as the last forward pass would see them.
 
     Args:
       case: The training.
@@ -245,27 +247,52 @@ def fit(
       params: Where to start; None: at random.
       steps: How many; None: as the settings say.
       member: Another order of the data for each.
-      loss: `(params, batch, step) -> scalar`; None: that of the case.
+      view: `(params, annealed) -> params` that the model is given.
+      annealing: Step -> what `view` is given.
+      beside: `params -> tree`, subtracted times the learning rate, for decay that the
+        optimizer must not divide.
     """
     steps = steps or case.settings.steps
-    loss = loss or (lambda params, batch, step: case.loss(params, batch))
     params = case.task.init(case.init_key) if params is None else params
-    optimizer = make_optimizer(case.settings, steps)
+    rate = optax.cosine_decay_schedule(case.settings.learning_rate, steps)
+    optimizer = make_optimizer(case.settings, rate)
     if updater is not None:
         optimizer = transforms.sparsify(optimizer, updater)
+    optimizer = optax.chain(transforms.anneal(annealing), optimizer)
     opt_state = optimizer.init(params)
     if updater is not None:
         params = masks.apply_masks(params, transforms.get_masks(opt_state))
 
+    def loss(params, annealed, batch):
+        return case.loss(view(params, annealed), batch)
+
     def step(carry, t):
         params, opt_state = carry
         batch = case.batch(jax.random.fold_in(case.batch_key(member), t))
-        gradient = jax.grad(loss)(params, batch, t)
+        annealed = transforms.get_annealed(opt_state)
+        gradient = jax.grad(loss)(params, annealed, batch)
         updates, opt_state = optimizer.update(gradient, opt_state, params)
+        if beside is not None:
+            updates = jax.tree.map(
+                lambda u, d: u - rate(t) * d, updates, beside(params)
+            )
         return (optax.apply_updates(params, updates), opt_state), None
 
-    (params, _), _ = jax.lax.scan(step, (params, opt_state), jnp.arange(steps))
-    return params
+    (params, opt_state), _ = jax.lax.scan(step, (params, opt_state), jnp.arange(steps))
+    return view(params, transforms.get_annealed(opt_state))
+
+
+def on_kernels(f: Callable[[Any], Any], params: Any, others: Any = None) -> Any:
+    """`f` of each kernel; other leaves as they are, or by `others`."""
+    other = others or (lambda x: x)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, x: (f if is_kernel(path) else other)(x), params
+    )
+
+
+def is_kernel(path: Any) -> bool:
+    """Whether a path is that of a weight to make sparse."""
+    return masks.path_name(path).endswith("kernel")
 
 
 def evaluate(task: Task, params: Any) -> dict[str, Any]:

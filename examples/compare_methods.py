@@ -26,6 +26,7 @@ A method is an entry of METHODS below: a function that trains, made of sparsejax
 
 import argparse
 import dataclasses
+import functools
 import pathlib
 import sys
 import time
@@ -36,16 +37,21 @@ import _compare
 import _compare_report
 import jax
 import jax.numpy as jnp
+import optax
 import rich.console
 import rich.progress
+from _compare import Case, fit
+from _compare_report import Claim
 
-from sparsejax import masks, transforms
+from sparsejax import masks, pruning, schedules, straight_through, transforms
 
 # ---- methods -----------------------------------------------------------------------
 
 TO_SPARSE = "dense to sparse"
 MOVING = "sparse to sparse"
-FIXED = "masks at initialization"
+FIXED = "masks from before training"
+SEEN = "straight-through"
+PATTERN = "N:M"
 
 
 class Method(NamedTuple):
@@ -56,61 +62,208 @@ class Method(NamedTuple):
     """
 
     family: str
-    run: Callable[[_compare.Case], Any]
+    run: Callable[[Case], Any]
     kind: str = "any"
 
 
-def updated(
-    make: Callable[..., transforms.Updater], **keywords: Any
-) -> Callable[[_compare.Case], Any]:
-    """Trains under `sparsify` with what `make` makes of sparsity, times and key."""
+def updated(make: Callable[..., transforms.Updater], **keywords: Any):
+    """Trains under `sparsify`, masks changing every so often up to 3/4 of training."""
 
-    def run(case: _compare.Case):
+    def run(case: Case):
         settings = case.settings
+        times = {"begin": settings.every, "end": settings.end, "every": settings.every}
         updater = make(
-            sparsity=case.sparsity,
-            begin=settings.every,
-            end=settings.end,
-            every=settings.every,
-            key=case.mask_key,
-            **keywords,
+            sparsity=case.sparsity, key=case.mask_key, **{**times, **keywords}
         )
-        return _compare.fit(case, updater)
+        return fit(case, updater)
 
     return run
 
 
-ERDOS_RENYI = {"distribution": masks.erdos_renyi}
+def chosen(choose: Callable[[Case, Any], Any]):
+    """Trains under the masks that `choose(case, params)` makes of initial params."""
+
+    def run(case: Case):
+        params = case.task.init(case.init_key)
+        return fit(case, transforms.fixed(choose(case, params)), params=params)
+
+    return run
+
+
+def snip(case: Case, params: Any):
+    """SNIP on one batch."""
+    batch = case.batch(case.mask_key)
+    return pruning.snip(case.loss, params, batch, sparsity=case.sparsity)
+
+
+def grasp(case: Case, params: Any):
+    """GraSP on one batch, logits divided by 200 as in the authors' code."""
+
+    def loss(params, batch):
+        inputs, targets = batch
+        logits = case.task.apply(params, inputs) / 200
+        loss = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+        return loss.mean()
+
+    batch = case.batch(case.mask_key)
+    return pruning.grasp(loss, params, batch, sparsity=case.sparsity)
+
+
+def synflow(case: Case, params: Any):
+    """SynFlow through the perceptron; of text, behind the embedding."""
+    shape = (1, params["layer_0"]["kernel"].shape[0])
+    apply = _compare.apply_mlp
+    return pruning.synflow(apply, params, shape, sparsity=case.sparsity)
+
+
+def autosparse(case: Case):
+    """Each kernel's largest weights; the gradient of the others is annealed."""
+
+    def view(params, alpha):
+        shapes = {
+            name: leaf.shape
+            for name, leaf in masks.named_leaves(params).items()
+            if name.endswith("kernel")
+        }
+        densities = masks.erdos_renyi(shapes, 1 - case.sparsity)
+
+        def see(path, leaf):
+            if not _compare.is_kernel(path):
+                return leaf
+            density = densities[masks.path_name(path)]
+            count = masks.exact_count(density, leaf.size)
+            return straight_through.autosparse_topk(leaf, count, alpha)
+
+        return jax.tree_util.tree_map_with_path(see, params)
+
+    steps = case.settings.steps
+    anneal = functools.partial(
+        schedules.cosine_sigmoid, end=steps, reset=case.settings.end
+    )
+    return fit(case, view=view, annealing=anneal)
+
+
+def seen(
+    see: Callable[[Case, Any, Any], Any],
+    annealing: Callable[[Case], Callable[[Any], Any]] = lambda case: lambda step: 0.0,
+):
+    """Trains dense kernels that the model is given as `see(case, kernel, annealed)`."""
+
+    def run(case: Case):
+        view = lambda params, value: _compare.on_kernels(
+            lambda kernel: see(case, kernel, value), params
+        )
+        return fit(case, view=view, annealing=annealing(case))
+
+    return run
+
+
+def sr_ste(decay: float):
+    """SR-STE with its decay beside AdamW, as AdamW has weight decay."""
+
+    def run(case: Case):
+        n, m = case.pattern
+        see = lambda w: straight_through.sr_ste(w, n=n, m=m, decay=None)
+        pull = lambda w: decay * straight_through.pruned_part(w, n=n, m=m)
+        return fit(
+            case,
+            view=lambda params, _: _compare.on_kernels(see, params),
+            beside=lambda params: _compare.on_kernels(pull, params, jnp.zeros_like),
+        )
+
+    return run
+
+
+def mask_decay(case: Case, kernel: Any, b: Any, backward: str = "straight_through"):
+    """What N:M prunes fades out."""
+    n, m = case.pattern
+    return straight_through.mask_decay(kernel, b, n=n, m=m, backward=backward)
+
+
+def structure_decay(case: Case, kernel: Any, stage: Any):
+    """From M-1 of M by halves to N of M."""
+    sequence = straight_through.stepwise_sequence(*case.pattern)
+    return straight_through.structure_decay(kernel, stage, sequence=sequence)
+
+
+def fading(case: Case):
+    """From 1 to 0 in the middle half of training."""
+    settings = case.settings
+    return functools.partial(
+        schedules.linear, begin=settings.steps // 4, end=settings.end
+    )
+
+
+def stages(case: Case):
+    """Equal shares of the middle half of training."""
+    settings = case.settings
+    return functools.partial(
+        schedules.stage,
+        stages=len(straight_through.stepwise_sequence(*case.pattern)),
+        begin=settings.steps // 4,
+        end=settings.end,
+    )
+
+
+ER = {"distribution": masks.erdos_renyi}
 
 METHODS = {
-    "dense": Method(TO_SPARSE, _compare.fit, "dense"),
+    "dense": Method(TO_SPARSE, fit, "dense"),
     "gradual_magnitude": Method(TO_SPARSE, updated(transforms.gradual_magnitude)),
-    "static_uniform": Method(FIXED, updated(transforms.static)),
-    "static_erdos_renyi": Method(FIXED, updated(transforms.static, **ERDOS_RENYI)),
-    "set": Method(
-        MOVING, updated(transforms.sparse_evolutionary_training, **ERDOS_RENYI)
+    "gradual_magnitude_global": Method(
+        TO_SPARSE, updated(transforms.gradual_magnitude, distribution="global")
     ),
-    "rigl": Method(MOVING, updated(transforms.rigl, **ERDOS_RENYI)),
-    "rigl_uniform": Method(MOVING, updated(transforms.rigl)),
+    "granet": Method(TO_SPARSE, updated(transforms.granet)),
+    "static_uniform": Method(FIXED, updated(transforms.static)),
+    "static_erdos_renyi": Method(FIXED, updated(transforms.static, **ER)),
+    "snip": Method(FIXED, chosen(snip)),
+    "grasp": Method(FIXED, chosen(grasp)),
+    "synflow": Method(FIXED, chosen(synflow)),
+    "set": Method(MOVING, updated(transforms.sparse_evolutionary_training, **ER)),
+    "rigl": Method(MOVING, updated(transforms.rigl, **ER)),
+    "sparse_momentum": Method(MOVING, updated(transforms.sparse_momentum, **ER)),
+    "exploration_exploitation": Method(
+        MOVING, updated(transforms.exploration_exploitation, **ER)
+    ),
+    "srigl": Method(MOVING, updated(transforms.srigl, **ER)),
+    "autosparse": Method(SEEN, autosparse),
+    "sr_ste": Method(PATTERN, sr_ste(2e-4), "pattern"),
+    "mask_decay": Method(PATTERN, seen(mask_decay, fading), "pattern"),
+    "mask_decay_scaled": Method(
+        PATTERN,
+        seen(functools.partial(mask_decay, backward="scaled"), fading),
+        "pattern",
+    ),
+    "structure_decay": Method(PATTERN, seen(structure_decay, stages), "pattern"),
 }
 REFERENCES = ("dense", "static_erdos_renyi")
 
 CLAIMS = (
-    _compare_report.Claim(
-        "RigL beats static random", ("rigl",), "static_erdos_renyi", (0.95, 0.98)
+    Claim("RigL beats static random", ("rigl",), "static_erdos_renyi", (0.95, 0.98)),
+    Claim(
+        "sparse momentum beats static random",
+        ("sparse_momentum",),
+        "static_erdos_renyi",
+        (0.95, 0.98),
     ),
-    _compare_report.Claim(
+    Claim(
         "Erdos-Renyi beats uniform",
         ("static_erdos_renyi",),
         "static_uniform",
         (0.95, 0.98),
     ),
-    _compare_report.Claim(
+    Claim(
         "gradual magnitude is within one standard error of dense",
         ("gradual_magnitude",),
         "dense",
         (0.8,),
         within=True,
+    ),
+    Claim(
+        "a decay recipe beats SR-STE",
+        ("mask_decay", "mask_decay_scaled", "structure_decay"),
+        "sr_ste",
+        (1 - 1 / 8, 1 - 1 / 16),
     ),
 )
 
@@ -155,7 +308,7 @@ def compile_point(
     """Returns seed -> scores, compiled once for all seeds."""
 
     def program(key, train):
-        case = _compare.Case(task, train, settings, point.sparsity, point.pattern, key)
+        case = Case(task, train, settings, point.sparsity, point.pattern, key)
         with jax.numpy_dtype_promotion("standard"):  # optax mixes dtypes
             found = METHODS[point.method].run(case)
             found = found if isinstance(found, list) else [found]
