@@ -6,12 +6,21 @@ params = sparsejax.masks.apply_masks(params, get_masks(opt_state))
 ...  # the loop stays as it was: tx.update, optax.apply_updates
 """
 
+from sparsejax.transforms._anneal import AnnealState as AnnealState
+from sparsejax.transforms._anneal import anneal as anneal
+from sparsejax.transforms._anneal import get_annealed as get_annealed
 from sparsejax.transforms._dynamic import rigl as rigl
 from sparsejax.transforms._dynamic import (
     sparse_evolutionary_training as sparse_evolutionary_training,
 )
+from sparsejax.transforms._exploration import (
+    exploration_exploitation as exploration_exploitation,
+)
+from sparsejax.transforms._fixed import fixed as fixed
 from sparsejax.transforms._fixed import gradual_magnitude as gradual_magnitude
+from sparsejax.transforms._fixed import gradual_magnitude_over as gradual_magnitude_over
 from sparsejax.transforms._fixed import static as static
+from sparsejax.transforms._granet import granet as granet
 from sparsejax.transforms._leaves import default_leaf_filter as default_leaf_filter
 from sparsejax.transforms._penalties import HypersparseState as HypersparseState
 from sparsejax.transforms._penalties import add_hypersparse as add_hypersparse
@@ -47,14 +56,17 @@ from sparsejax.transforms._shrinkage import ShrinkageState as ShrinkageState
 from sparsejax.transforms._shrinkage import (
     iterative_soft_shrinkage as iterative_soft_shrinkage,
 )
+from sparsejax.transforms._sparse_momentum import sparse_momentum as sparse_momentum
 from sparsejax.transforms._sparsify import SparsifyState as SparsifyState
 from sparsejax.transforms._sparsify import get_masks as get_masks
 from sparsejax.transforms._sparsify import is_update_step as is_update_step
 from sparsejax.transforms._sparsify import sparsify as sparsify
+from sparsejax.transforms._srigl import srigl as srigl
 from sparsejax.transforms._updater import MaskUpdate as MaskUpdate
 from sparsejax.transforms._updater import Updater as Updater
 
 __all__ = (
+    "AnnealState",
     "HypersparseState",
     "MaskUpdate",
     "ProximalState",
@@ -64,9 +76,15 @@ __all__ = (
     "SparsityReport",
     "Updater",
     "add_hypersparse",
+    "anneal",
     "default_leaf_filter",
+    "exploration_exploitation",
+    "fixed",
+    "get_annealed",
     "get_masks",
     "gradual_magnitude",
+    "gradual_magnitude_over",
+    "granet",
     "group_envelope",
     "group_envelope_penalty",
     "group_lasso",
@@ -84,6 +102,8 @@ __all__ = (
     "report",
     "rigl",
     "sparse_evolutionary_training",
+    "sparse_momentum",
     "sparsify",
+    "srigl",
     "static",
 )

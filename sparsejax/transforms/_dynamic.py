@@ -5,15 +5,19 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from sparsejax import masks as masks_lib
 from sparsejax import schedules
+from sparsejax.masks import _structure as structures
 from sparsejax.transforms._shared import (
     Distribution,
     all_finite,
+    cosine_fractions,
     density_from,
+    drop_fractions,
+    exchange,
     leaf_counts,
+    moved_counts,
     random_masks,
 )
 from sparsejax.transforms._updater import MaskUpdate, Updater
@@ -28,6 +32,7 @@ def sparse_evolutionary_training(
     distribution: Distribution = masks_lib.uniform,
     key: Any,
     drop_fraction: float | Callable[[int], float] = 0.3,
+    structure: Any = None,
 ) -> Updater:
     """Drops the smallest weights and grows as many at random: SET.
 
@@ -44,13 +49,17 @@ def sparse_evolutionary_training(
       key: PRNG key for the first masks and for growth.
       drop_fraction: zeta in the paper; a number, or a function of the step, for
         which `end` must be given.
+      structure: Unit of sparsity, such as `masks.Blocks((16, 16))`; None: entries.
+        Drawn, dropped and grown are then whole units, and every group of the
+        structure exchanges as many.
 
     Returns:
       An `Updater`.
 
     Raises:
-      ValueError: A fraction is outside [0, 1], nothing would ever be updated, or
-        `drop_fraction` is a function and `end` is None.
+      ValueError: A fraction is outside [0, 1], nothing would ever be updated,
+        `drop_fraction` is a function and `end` is None, or the structure is unknown
+        or does not fit the sparsity.
 
     Example:
       >>> key = jax.random.key(0)
@@ -63,16 +72,18 @@ def sparse_evolutionary_training(
       sparse connectivity <https://arxiv.org/abs/1707.04780>`_, 2018.
     """
     steps = schedules.update_steps(begin, end, every)
-    fractions = _fractions(drop_fraction, steps, end)
+    fractions = drop_fractions(drop_fraction, steps, end)
 
-    def grow(now, index, name):
+    def grow(now, structure, index, name, count, candidates):
         key = jax.random.fold_in(now.key, index)
-        return jax.random.uniform(key, now.masks[name].shape)
+        draw = jax.random.uniform(key, candidates.shape)
+        return structures.top_units(structure, draw, count, candidates)
 
     return _drop_and_grow(
-        density_from(sparsity),
+        sparsity,
         steps,
         distribution,
+        structure,
         key,
         fractions,
         grow,
@@ -89,6 +100,7 @@ def rigl(
     distribution: Distribution = masks_lib.uniform,
     key: Any,
     drop_fraction: float | Callable[[int], float] = 0.3,
+    structure: Any = None,
 ) -> Updater:
     """Drops the smallest weights and grows where the gradient is largest: RigL.
 
@@ -111,12 +123,16 @@ def rigl(
         best is `masks.erdos_renyi`.
       key: PRNG key for the first masks.
       drop_fraction: alpha in the paper; or a function of the step, taken as it is.
+      structure: Unit of sparsity, such as `masks.Blocks((16, 16))`; None: entries.
+        Whole units move, by sums of |w| and |gradient| over each, and every group
+        of the structure exchanges as many.
 
     Returns:
       An `Updater`.
 
     Raises:
-      ValueError: A fraction is outside [0, 1] or nothing would ever be updated.
+      ValueError: A fraction is outside [0, 1], nothing would ever be updated, or the
+        structure is unknown or does not fit the sparsity.
 
     Example:
       >>> updater = rigl(sparsity=0.9, end=75_000, key=jax.random.key(0))
@@ -128,17 +144,16 @@ def rigl(
       <https://arxiv.org/abs/1911.11134>`_, 2020.
     """
     steps = schedules.update_steps(begin, end, every)
-    if not callable(drop_fraction):
-        masks_lib.check_density(drop_fraction, "drop_fraction")
-        drop_fraction = functools.partial(
-            schedules.cosine_drop_fraction, fraction=drop_fraction, begin=begin, end=end
-        )
-    fractions = _fractions(drop_fraction, steps, end)
-    grow = lambda now, index, name: jnp.abs(now.scores[name])
+    fractions = cosine_fractions(drop_fraction, steps, end)
+
+    def grow(now, structure, index, name, count, candidates):
+        return structures.largest_units(structure, now.scores[name], count, candidates)
+
     return _drop_and_grow(
-        density_from(sparsity),
+        sparsity,
         steps,
         distribution,
+        structure,
         key,
         fractions,
         grow,
@@ -147,55 +162,30 @@ def rigl(
 
 
 def _drop_and_grow(
-    density: float,
+    sparsity: float,
     steps: range,
     distribution: Distribution,
+    structure: Any,
     key: Any,
     fractions: list[float],
-    grow: Callable[[MaskUpdate, int, str], Any],
+    grow: Callable[..., Any],
     *,
     uses_scores: bool,
 ) -> Updater:
-    """The update that SET and RigL share; `grow` gives the scores of growth."""
+    """The update that SET and RigL share; `grow` marks the units that grow."""
+    density = density_from(sparsity)
+    structure = structures.check_structure(structure, density)
 
     def update(now: MaskUpdate):
-        counts = leaf_counts(now.params, density, distribution)
-        # One fraction holds at all steps, several are looked up by the step.
-        index = jnp.minimum((now.step - steps[0]) // steps.step, len(fractions) - 1)
-        masks = {}
-        for i, (name, weight) in enumerate(now.params.items()):
-            count = counts[name]
-            moved = [
-                min(masks_lib.exact_count(f, count), weight.size - count)
-                for f in fractions
-            ]
-            drop = jnp.array(moved, jnp.int32)[index]
-            mask = now.masks[name]
-            kept = masks_lib.topk_mask(jnp.abs(weight), count - drop, where=mask)
-            grown = masks_lib.topk_mask(grow(now, i, name), drop, where=~mask)
-            masks[name] = kept | grown
+        counts = leaf_counts(now.params, density, distribution, structure)
+        moved = moved_counts(now, counts, structure, fractions, steps)
+        keep = {name: counts[name] - moved[name] for name in counts}
+        marked = functools.partial(grow, now, structure)
+        masks = exchange(now, structure, keep, moved, marked)
         ok = all_finite(now.params)
         if uses_scores:
             ok &= all_finite(now.scores)
         return masks, now.memory, ok
 
-    init = functools.partial(random_masks, density, distribution)
+    init = functools.partial(random_masks, density, distribution, structure)
     return Updater(steps, init, update, key)
-
-
-def _fractions(
-    drop_fraction: float | Callable[[int], float], steps: range, end: int | None
-) -> list[float]:
-    """The drop fraction at each update, or the one that always holds."""
-    if not callable(drop_fraction):
-        fractions = [float(drop_fraction)]
-    elif end is None:
-        raise ValueError(
-            "drop_fraction must be a number where end is None, got a function"
-        )
-    else:
-        with jax.ensure_compile_time_eval():
-            fractions = [float(drop_fraction(step)) for step in steps]
-    for fraction in fractions:
-        masks_lib.check_density(fraction, "drop_fraction")
-    return fractions

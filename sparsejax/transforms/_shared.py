@@ -1,5 +1,7 @@
-"""What the rules share: how many weights each leaf keeps, and the first masks."""
+"""What the rules share: counts, first masks, drop fractions, the exchange of units."""
 
+import functools
+import math
 from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
@@ -8,29 +10,87 @@ import jax
 import jax.numpy as jnp
 
 from sparsejax import masks as masks_lib
+from sparsejax import schedules
+from sparsejax.masks import _structure as structures
+from sparsejax.transforms._updater import MaskUpdate
 
 Distribution = Callable[[Any, float], Any]
 
 
 def random_masks(
-    density: float, distribution: Distribution, params: dict[str, Any], key: Any
+    density: float,
+    distribution: Distribution,
+    structure: structures.Structure,
+    params: dict[str, Any],
+    key: Any,
+    *,
+    final: bool = True,
 ) -> tuple[dict[str, Any], Any]:
+    """As many random units per leaf as `leaf_counts` says, and no memory."""
+    counts = leaf_counts(params, density, distribution, structure, final=final)
     masks = {}
-    for i, (name, count) in enumerate(
-        leaf_counts(params, density, distribution).items()
-    ):
-        draw = jax.random.uniform(jax.random.fold_in(key, i), params[name].shape)
-        masks[name] = masks_lib.topk_mask(draw, count)
+    for i, (name, count) in enumerate(counts.items()):
+        shape = tuple(params[name].shape)
+        draw = jax.random.uniform(
+            jax.random.fold_in(key, i), structures.unit_shape(structure, shape)
+        )
+        units = structures.top_units(structure, draw, count)
+        masks[name] = structures.expand(structure, units, shape)
     return masks, ()
 
 
 def leaf_counts(
-    params: dict[str, Any], density: float, distribution: Distribution
+    params: dict[str, Any],
+    density: float,
+    distribution: Distribution,
+    structure: structures.Structure,
+    *,
+    final: bool = True,
 ) -> dict[str, int]:
-    """How many weights each leaf keeps: Python ints, from static shapes."""
+    """Units that every group of a leaf keeps: Python ints, from static shapes."""
+    densities = leaf_densities(params, density, distribution)
+    counts = {}
+    for name, weight in params.items():
+        structures.check_shape(structure, tuple(weight.shape), name)
+        size = structures.group_size(structure, tuple(weight.shape))
+        counts[name] = masks_lib.exact_count(densities[name], size)
+        if final:
+            check_final_count(structure, counts[name], name)
+    return counts
+
+
+def leaf_densities(
+    params: dict[str, Any], density: float, distribution: Distribution
+) -> dict[str, float]:
     shapes = {name: tuple(weight.shape) for name, weight in params.items()}
-    densities = distribution(shapes, density)
-    return {k: masks_lib.exact_count(densities[k], w.size) for k, w in params.items()}
+    return distribution(shapes, density)
+
+
+def check_final_count(structure: structures.Structure, count: int, name: str) -> None:
+    if isinstance(structure, structures.NM) and count != structure.n:
+        raise ValueError(
+            f"distribution must keep {structure.n} of {structure.m} in every leaf for "
+            f"structure {structure}, got {count} at {name!r}"
+        )
+
+
+def check_one_currency(
+    structure: structures.Structure, params: dict[str, Any], argument: str
+) -> None:
+    """Raises ValueError unless a unit anywhere may stand for a unit elsewhere."""
+    sizes = {}
+    for name, weight in params.items():
+        shape = tuple(weight.shape)
+        structures.check_shape(structure, shape, name)
+        units = math.prod(structures.unit_shape(structure, shape))
+        groups = units // max(structures.group_size(structure, shape), 1)
+        sizes[name] = (groups, weight.size // max(units, 1))
+    if any(groups > 1 for groups, _ in sizes.values()) or len(set(sizes.values())) > 1:
+        raise ValueError(
+            f"{argument} needs units that may move between leaves: one group per leaf "
+            f"and units of one size, got structure {structure} with (groups, weights "
+            f"per unit) {sizes}"
+        )
 
 
 def density_from(sparsity: float, argument: str = "sparsity") -> float:
@@ -42,3 +102,81 @@ def density_from(sparsity: float, argument: str = "sparsity") -> float:
 def all_finite(leaves: dict[str, Any]) -> Any:
     bad = [masks_lib.count_true(~jnp.isfinite(leaf)) for leaf in leaves.values()]
     return sum(bad) == 0
+
+
+def cosine_fractions(
+    drop_fraction: float | Callable[[int], float], steps: range, end: int
+) -> list[float]:
+    """Half a cosine from the number at the first step to 0 at `end`."""
+    if not callable(drop_fraction):
+        masks_lib.check_density(drop_fraction, "drop_fraction")
+        drop_fraction = functools.partial(
+            schedules.cosine_drop_fraction,
+            fraction=drop_fraction,
+            begin=steps[0],
+            end=end,
+        )
+    return drop_fractions(drop_fraction, steps, end)
+
+
+def drop_fractions(
+    drop_fraction: float | Callable[[int], float], steps: range, end: int | None
+) -> list[float]:
+    """The drop fraction at each update, or the one that always holds."""
+    if not callable(drop_fraction):
+        fractions = [float(drop_fraction)]
+    elif end is None:
+        raise ValueError(
+            "drop_fraction must be a number where end is None, got a function"
+        )
+    else:
+        with jax.ensure_compile_time_eval():
+            fractions = [float(drop_fraction(step)) for step in steps]
+    for fraction in fractions:
+        masks_lib.check_density(fraction, "drop_fraction")
+    return fractions
+
+
+def look_up(table: list[float] | list[int], now: MaskUpdate, steps: range) -> Any:
+    """The entry of this update; a table of one entry holds at all updates."""
+    index = jnp.minimum((now.step - steps[0]) // steps.step, len(table) - 1)
+    dtype = jnp.int32 if isinstance(table[0], int) else jnp.float32
+    return jnp.array(table, dtype)[index]
+
+
+def moved_counts(
+    now: MaskUpdate,
+    counts: dict[str, int],
+    structure: structures.Structure,
+    fractions: list[float],
+    steps: range,
+) -> dict[str, Any]:
+    """`round(fraction * count)` per leaf, no more than has room; worked out exactly."""
+    moved = {}
+    for name, weight in now.params.items():
+        count = counts[name]
+        room = structures.group_size(structure, tuple(weight.shape)) - count
+        table = [min(masks_lib.exact_count(f, count), room) for f in fractions]
+        moved[name] = look_up(table, now, steps)
+    return moved
+
+
+def exchange(
+    now: MaskUpdate,
+    structure: structures.Structure,
+    keep: dict[str, Any],
+    gain: dict[str, Any],
+    grow: Callable[[int, str, Any, Any], Any],
+) -> dict[str, Any]:
+    """Keeps the `keep` largest |w| of every group and grows `gain` new units.
+
+    `grow(index, name, count, candidates)` marks the units to grow, among those that
+    were not kept before: what is dropped does not grow back in the same update.
+    """
+    masks = {}
+    for i, (name, weight) in enumerate(now.params.items()):
+        units = structures.units_of(structure, now.masks[name])
+        kept = structures.largest_units(structure, weight, keep[name], units)
+        grown = grow(i, name, gain[name], ~units)
+        masks[name] = structures.expand(structure, kept | grown, tuple(weight.shape))
+    return masks
