@@ -94,7 +94,7 @@ def iso_flop(
     if min(k, n) < 1:
         raise ValueError(f"dense: got sizes {dense}, needed positive ints")
     unit = _unit(options)
-    common = dict(in_features=k, out_features=n, **options)
+    common: dict[str, Any] = dict(in_features=k, out_features=n, **options)
     if kind == "wide":
         wide_in, wide_out = (_widened(size, 1 / kept, unit) for size in (k, n))
         return SparseWideSpec(wide_in=wide_in, wide_out=wide_out, **common)

@@ -71,7 +71,7 @@ class _IsoFlopSpec:
 
     def _sparse(self, k: int, n: int, units: int, bias: bool = True) -> Any:
         """A linear layer that keeps so many entries, or blocks, of [k, n]."""
-        common = dict(
+        common: dict[str, Any] = dict(
             in_features=k,
             out_features=n,
             use_bias=self.use_bias and bias,
@@ -209,6 +209,7 @@ class SparseParallelSpec(_IsoFlopSpec):
         z = linear("sparse", x)
         z = z.reshape(*z.shape[:-1], self.branches, self.out_features)
         gain = 1 / math.sqrt(self.branches * _variance(self.activation))
+        # pyrefly: ignore[not-callable]  # not None, by __post_init__
         return gain * jnp.sum(self.activation(z), axis=-2)
 
 

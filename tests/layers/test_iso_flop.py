@@ -229,8 +229,9 @@ def test_chains_keep_their_ends_and_their_flops():
     widths = [(spec.wide_in, spec.wide_out) for spec in specs]
     assert widths == [(10, 40), (40, 60), (60, 40)]
     assert [spec.sparsity for spec in specs] == [0.5, 0.75, 0.5]
-    # Of four layers the last two: only what is between them, by 1/(1/4) = 4.
-    specs = iso_flop_chain([8, 8, 8, 8, 8], "wide", 0.75, chosen=[2, 3], use_bias=False)
+    # Of four layers the first and the last two: only what is between the latter, by 4.
+    picked = [0, 2, 3]
+    specs = iso_flop_chain([8, 8, 8, 8, 8], "wide", 0.75, chosen=picked, use_bias=False)
     dense = sj.layers.MaskedLinearSpec(in_features=8, out_features=8, use_bias=False)
     assert specs[:2] == [dense, dense]
     assert [(s.wide_in, s.wide_out) for s in specs[2:]] == [(8, 32), (32, 8)]
