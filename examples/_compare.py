@@ -74,9 +74,9 @@ def load_task(settings: Settings, paths: list[str]) -> Task:
 
 
 def load_digits(settings: Settings, paths: list[str]) -> Task:
-    """scikit-learn's 1797 images: `examples` to train on, 400 to validate, the rest.
+    """scikit-learn's 1797 images: 800 to test, 400 to validate, `examples` of the rest.
 
-    The split is the same for all seeds.
+    The split is the same for all seeds and settings.
     """
     import sklearn.datasets
 
@@ -84,16 +84,14 @@ def load_digits(settings: Settings, paths: list[str]) -> Task:
         raise ValueError(f"--paths: got {paths}, needed --data text with it")
     pixels, labels = sklearn.datasets.load_digits(return_X_y=True)
     pixels, labels = np.float32(pixels / 16), np.int32(labels)
-    needed = len(pixels) - 400 - 400
-    if not 1 <= settings.examples <= needed:
-        raise ValueError(
-            f"--examples: got {settings.examples}, needed 1 to {needed}, so that 400 "
-            "images remain to validate and 400 to test"
-        )
     order = np.random.default_rng(0).permutation(len(pixels))
-    train, validation, test = np.split(
-        order, [settings.examples, settings.examples + 400]
-    )
+    test, validation, rest = np.split(order, [800, 1200])
+    if not 1 <= settings.examples <= len(rest):
+        raise ValueError(
+            f"--examples: got {settings.examples}, needed 1 to {len(rest)}: the others "
+            "are to validate and test"
+        )
+    train = rest[: settings.examples]
 
     def draw(train, key):
         at = jax.random.randint(key, (settings.batch,), 0, settings.examples)
