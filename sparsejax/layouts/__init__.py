@@ -34,6 +34,9 @@ from sparsejax.layouts._block import check_layout as check_layout
 from sparsejax.layouts._block import gather_blocks as gather_blocks
 from sparsejax.layouts._block import scatter_blocks as scatter_blocks
 from sparsejax.layouts._block import transpose_blocks as transpose_blocks
+from sparsejax.layouts._fan_in import check_fan_in as check_fan_in
+from sparsejax.layouts._fan_in import condense_fan_in as condense_fan_in
+from sparsejax.layouts._fan_in import expand_fan_in as expand_fan_in
 from sparsejax.layouts._nm import check_nm as check_nm
 from sparsejax.layouts._nm import condense_nm as condense_nm
 from sparsejax.layouts._nm import expand_nm as expand_nm
@@ -42,9 +45,12 @@ from sparsejax.layouts._nm import unpack_nm as unpack_nm
 
 __all__ = [
     "BlockLayout",
+    "check_fan_in",
     "check_layout",
     "check_nm",
+    "condense_fan_in",
     "condense_nm",
+    "expand_fan_in",
     "expand_nm",
     "gather_blocks",
     "pack_nm",

@@ -14,6 +14,10 @@ from sparsejax.ops._block_sparse_matmul import sampled_matmul as sampled_matmul
 from sparsejax.ops._block_sparse_matmul import (
     sampled_matmul_reference as sampled_matmul_reference,
 )
+from sparsejax.ops._fan_in_matmul import fan_in_matmul as fan_in_matmul
+from sparsejax.ops._fan_in_matmul import (
+    fan_in_matmul_reference as fan_in_matmul_reference,
+)
 from sparsejax.ops._masked_matmul import masked_matmul as masked_matmul
 from sparsejax.ops._nm_matmul import nm_matmul as nm_matmul
 from sparsejax.ops._nm_matmul import nm_matmul_reference as nm_matmul_reference
@@ -21,6 +25,8 @@ from sparsejax.ops._nm_matmul import nm_matmul_reference as nm_matmul_reference
 __all__ = [
     "block_sparse_matmul",
     "block_sparse_matmul_reference",
+    "fan_in_matmul",
+    "fan_in_matmul_reference",
     "masked_matmul",
     "nm_matmul",
     "nm_matmul_reference",
