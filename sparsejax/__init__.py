@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from sparsejax import ops as ops
     from sparsejax import pruning as pruning
     from sparsejax import schedules as schedules
+    from sparsejax import straight_through as straight_through
     from sparsejax import topology as topology
     from sparsejax import transforms as transforms
     from sparsejax._dispatch import explain as explain
@@ -36,6 +37,7 @@ _SUBPACKAGES = (
     "ops",
     "pruning",
     "schedules",
+    "straight_through",
     "topology",
     "transforms",
 )

@@ -19,6 +19,7 @@ PACKAGES = [
     "ops",
     "pruning",
     "schedules",
+    "straight_through",
     "topology",
     "transforms",
 ]
