@@ -2,6 +2,7 @@
 
 masks = snip(loss, params, batch, sparsity=0.9)
 params = sparsejax.masks.apply_masks(params, masks)
+tx = transforms.sparsify(optax.adamw(3e-4), transforms.fixed(masks))
 
 Masks are trees like the parameters: boolean arrays, True where a weight is kept, and
 `optax.MaskedNode` at the leaves that are left alone. Scores have the same form, and the

@@ -81,7 +81,7 @@ def fisher_scores(
             key, data = example
             data = jax.tree.map(lambda leaf: leaf[None], data)
             if sample is not None:
-                data = lax.stop_gradient(sample(key, params, data))
+                data = sample(key, params, data)
             return jax.grad(of_leaves(loss, params, data))(weights)
 
         gradients = jax.vmap(gradient)(chunk)

@@ -72,7 +72,7 @@ def kept_counts(
         for name, leaf in leaves.items()
     }
     # Each leaf rounds by half an entry at most.
-    if abs(sum(counts.values()) - want) > 0.5 * (len(counts) + 1):
+    if abs(sum(counts.values()) - density * total) > 0.5 * len(counts) + 1e-3:
         raise ValueError(
             f"distribution must keep {want} of {total} entries for a density of "
             f"{density:g}, got {sum(counts.values())}: {counts}"
