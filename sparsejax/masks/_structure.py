@@ -183,8 +183,8 @@ def pool(structure: Structure, x: Any) -> Any:
     """Scores of units: sums of |x| over each, |x| itself for entries."""
     if not _is_pooled(structure):
         return jnp.abs(x)
-    wide = jnp.promote_types(x.dtype, jnp.float32)
-    return jnp.sum(jnp.abs(_split(structure, x)).astype(wide), axis=(-3, -1))
+    sizes = jnp.abs(_split(structure, x)).astype(at_least_float32(x.dtype))
+    return jnp.sum(sizes, axis=(-3, -1))
 
 
 def units_of(structure: Structure, mask: Any) -> Any:
@@ -249,6 +249,11 @@ def _top_of_runs(scores: Any, count: Any, m: int, where: Any) -> Any:
         wins = (other > scores) | ((other == scores) & (j < index))
         rank = rank + wins.astype(jnp.int32)
     return ((rank < count) & split(where)).reshape(*stack, k, n)
+
+
+def at_least_float32(dtype: Any) -> Any:
+    # jnp.promote_types refuses bfloat16 with float32 under strict promotion.
+    return dtype if dtype == jnp.float64 else jnp.float32
 
 
 def _is_pooled(structure: Structure) -> bool:

@@ -132,7 +132,7 @@ def sparse_momentum(
 
 
 def _average(m: Any, g: Any, decay: float) -> Any:
-    wide = jnp.promote_types(m.dtype, jnp.float32)
+    wide = structures.at_least_float32(m.dtype)
     new = m.astype(wide) * decay + g.astype(wide) * (1 - decay)
     new = new.astype(m.dtype)
     return jnp.where(jnp.isfinite(new), new, m)

@@ -41,6 +41,8 @@ def bits(mask):
 def test_structured_mask_by_hand(structure):
     density, want = CASES[structure]
     assert bits(masks.structured_mask(W, density, structure)) == want
+    narrow = W.astype(jnp.bfloat16)
+    assert bits(masks.structured_mask(narrow, density, structure)) == want
 
 
 @pytest.mark.parametrize("structure", [s for s in CASES if s != Unstructured()])
