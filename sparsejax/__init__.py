@@ -10,6 +10,7 @@ import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sparsejax import averaging as averaging
     from sparsejax import checkpoint as checkpoint
     from sparsejax import layers as layers
     from sparsejax import layouts as layouts
@@ -28,6 +29,7 @@ __version__ = importlib.metadata.version("sparsejax")
 
 # Loaded when first used: who takes the transforms alone loads no Flax and no Pallas.
 _SUBPACKAGES = (
+    "averaging",
     "checkpoint",
     "layers",
     "layouts",
