@@ -1,37 +1,48 @@
 """Groups of weights on a grid of blocks: their sums, and values given back to entries.
 
-A group is a block of the trailing axes of a weight; None in a block shape stands for
-the whole axis, and leading axes that the shape does not name have groups of their
+A group is a block of the trailing axes of a weight; None for the size along an axis
+stands for the whole of it, and leading axes that are not named have groups of their
 own. Blocks that reach over the end are cut there.
 """
 
+import functools
 import math
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
-BlockShape = tuple[int | None, ...]
+from sparsejax.masks import Blocks, Columns, Rows
+
+Groups = Rows | Columns | Blocks | tuple[int | None, ...]
 
 
-def full_blocks(shape: tuple[int, ...], block_shape: BlockShape) -> tuple[int, ...]:
-    """The block size along each axis of a weight.
+def full_blocks(shape: tuple[int, ...], groups: Groups) -> tuple[int, ...]:
+    """The size of a group along each axis of a weight.
 
     Raises:
-      ValueError: More block sizes than axes, or a size below 1.
+      ValueError: More sizes than axes, or a size below 1.
     """
-    if len(block_shape) > len(shape) or not block_shape:
+    sizes = _sizes(groups)
+    if not 1 <= len(sizes) <= len(shape):
         raise ValueError(
-            f"block_shape must have 1 to {len(shape)} entries for a weight of shape "
-            f"{shape}, got {block_shape}"
+            f"groups must name 1 to {len(shape)} axes of a weight of shape {shape}, "
+            f"got {groups}"
         )
-    if any(size is not None and size < 1 for size in block_shape):
-        raise ValueError(
-            f"block_shape must hold sizes of at least 1, or None, got {block_shape}"
-        )
-    leading = (1,) * (len(shape) - len(block_shape))
-    sizes = zip(shape, (*leading, *block_shape), strict=True)
+    if any(size is not None and size < 1 for size in sizes):
+        raise ValueError(f"groups must have sizes of at least 1, or None, got {groups}")
+    leading = (1,) * (len(shape) - len(sizes))
+    pairs = zip(shape, (*leading, *sizes), strict=True)
     # A block larger than its axis is the whole axis; an empty axis has no block.
-    return tuple(max(min(n, n if b is None else b), 1) for n, b in sizes)
+    return tuple(max(min(n, n if b is None else b), 1) for n, b in pairs)
+
+
+def _sizes(groups: Groups) -> tuple[int | None, ...]:
+    if isinstance(groups, Rows):
+        return 1, None
+    if isinstance(groups, Columns):
+        return None, 1
+    return groups.block_shape if isinstance(groups, Blocks) else groups
 
 
 def grid_shape(shape: tuple[int, ...], blocks: tuple[int, ...]) -> tuple[int, ...]:
@@ -67,6 +78,12 @@ def spread(values: Any, shape: tuple[int, ...], blocks: tuple[int, ...]) -> Any:
     values = jnp.broadcast_to(values, split)
     values = values.reshape([g * b for g, b in zip(grid, blocks, strict=True)])
     return values[tuple(slice(n) for n in shape)]
+
+
+def widest(*dtypes: Any) -> Any:
+    """The dtype that holds all of them, under strict promotion too."""
+    with jax.numpy_dtype_promotion("standard"):
+        return functools.reduce(jnp.promote_types, map(jnp.dtype, dtypes))
 
 
 def safe_sqrt(squares: Any) -> Any:

@@ -1,6 +1,5 @@
 """Penalties of whole models: HyperSparse, and MaskSparsity."""
 
-import functools
 import math
 from typing import Any, NamedTuple
 
@@ -12,6 +11,7 @@ from jaxtyping import Array, Float
 
 from sparsejax import masks as masks_lib
 from sparsejax.transforms import _leaves
+from sparsejax.transforms._groups import widest
 from sparsejax.transforms._proximal import (
     Schedule,
     at_step,
@@ -81,8 +81,8 @@ def hypersparse_penalty(
         raise ValueError(
             f"sparsity must leave at least one of {size} weights, got {sparsity}"
         )
-    dtype = _sum_dtype(leaves.values())
-    w = {name: jnp.abs(leaf.astype(dtype)) for name, leaf in leaves.items()}
+    dtype = widest(jnp.float32, *(leaf.dtype for leaf in leaves.values()))
+    w = {name: _magnitude(leaf.astype(dtype)) for name, leaf in leaves.items()}
     total = lambda fn: sum(jnp.sum(fn(leaf)) for leaf in w.values())
 
     scores = jax.tree.map(lax.stop_gradient, w)
@@ -205,7 +205,7 @@ def add_hypersparse(
         )
 
         def add(gradient, pull):
-            dtype = jnp.promote_types(gradient.dtype, jnp.float32)
+            dtype = widest(gradient.dtype, jnp.float32)
             scaled = scale.astype(dtype) * pull.astype(dtype)
             return (gradient.astype(dtype) + scaled).astype(gradient.dtype)
 
@@ -250,13 +250,13 @@ def mask_sparsity_penalty(params: Any, masks: Any) -> Float[Array, ""]:
     removed = jax.tree.map(jnp.logical_not, masks)
     pressed = masks_lib.named_leaves(masks_lib.apply_masks(params, removed))
     leaves = [pressed[name] for name in masks_lib.named_leaves(masks)]
-    dtype = _sum_dtype(leaves)
+    dtype = widest(jnp.float32, *(leaf.dtype for leaf in leaves))
     return sum(
-        (jnp.sum(jnp.abs(leaf.astype(dtype))) for leaf in leaves), jnp.zeros((), dtype)
+        (jnp.sum(_magnitude(leaf.astype(dtype))) for leaf in leaves),
+        jnp.zeros((), dtype),
     )
 
 
-def _sum_dtype(leaves: Any) -> Any:
-    """One dtype for all, float32 at least."""
-    dtypes = (leaf.dtype for leaf in leaves)
-    return functools.reduce(jnp.promote_types, dtypes, jnp.dtype(jnp.float32))
+def _magnitude(leaf: Any) -> Any:
+    """The absolute value, with gradient 0 at 0, where that of `jnp.abs` is 1."""
+    return leaf * lax.stop_gradient(jnp.sign(leaf))

@@ -1,6 +1,6 @@
 """Proximal steps after an optimizer's step: groups of weights become exactly zero.
 
-tx = optax.chain(optax.sgd(rate), group_lasso(1e-4, rate, block_shape=(1, None)))
+tx = optax.chain(optax.sgd(rate), group_lasso(1e-4, rate, groups=(1, None)))
 """
 
 from collections.abc import Callable, Mapping
@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 
 from sparsejax import masks as masks_lib
 from sparsejax.transforms import _leaves
-from sparsejax.transforms._groups import BlockShape, count_groups, full_blocks
+from sparsejax.transforms._groups import Groups, count_groups, full_blocks, widest
 from sparsejax.transforms._proximal_operators import (
     prox_group_envelope,
     prox_group_lasso,
@@ -33,7 +33,7 @@ def group_lasso(
     strength: Schedule,
     learning_rate: Schedule,
     *,
-    block_shape: BlockShape,
+    groups: Groups,
     leaf_filter: _leaves.LeafFilter = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Group lasso by proximal gradient steps: groups of weights become exactly zero.
@@ -53,8 +53,8 @@ def group_lasso(
       strength: Of the penalty: a number, or a function of the count of finished
         steps.
       learning_rate: That of the optimizer before it, a number or a function.
-      block_shape: Shape of a group along the trailing axes, None for a whole axis,
-        as for `group_lasso_penalty`.
+      groups: `Rows()`, `Columns()`, `Blocks((bk, bn))`, or sizes along the trailing
+        axes, as for `group_lasso_penalty`.
       leaf_filter: Which parameters, as for `sparsify`.
 
     Returns:
@@ -62,11 +62,11 @@ def group_lasso(
       update and parameter.
 
     Raises:
-      ValueError: At `init`, a filter that takes no leaf or a `block_shape` that does
-        not fit one; at `update`, no `params`.
+      ValueError: At `init`, a filter that takes no leaf or `groups` that do not
+        fit one; at `update`, no `params`.
 
     Example:
-      >>> step = group_lasso(1.0, 0.5, block_shape=(1, None), leaf_filter="w")
+      >>> step = group_lasso(1.0, 0.5, groups=(1, None), leaf_filter="w")
       >>> tx = optax.chain(optax.sgd(0.5), step)
       >>> params = {"w": jnp.array([[6.0], [0.2]])}
       >>> grads = {"w": jnp.array([[2.0], [0.2]])}
@@ -81,8 +81,8 @@ def group_lasso(
 
     def plan(leaves):
         for leaf in leaves.values():
-            full_blocks(leaf.shape, block_shape)
-        prox = lambda w, tau: prox_group_lasso(w, tau, block_shape=block_shape)
+            full_blocks(leaf.shape, groups)
+        prox = lambda w, tau: prox_group_lasso(w, tau, groups=groups)
         return {name: prox for name in leaves}
 
     return _proximal_steps(plan, strength, learning_rate, leaf_filter, "group_lasso")
@@ -93,7 +93,7 @@ def group_envelope(
     learning_rate: Schedule,
     *,
     sparsity: float,
-    block_shape: BlockShape,
+    groups: Groups,
     distribution: Distribution = masks_lib.uniform,
     group_weights: Mapping[str, Any] | None = None,
     leaf_filter: _leaves.LeafFilter = None,
@@ -115,8 +115,8 @@ def group_envelope(
         steps.
       learning_rate: That of the optimizer before it, a number or a function.
       sparsity: Fraction of the groups that is not among the k, in [0, 1].
-      block_shape: Shape of a group along the trailing axes, None for a whole axis,
-        as for `group_lasso_penalty`.
+      groups: `Rows()`, `Columns()`, `Blocks((bk, bn))`, or sizes along the trailing
+        axes, as for `group_lasso_penalty`.
       distribution: `(shapes, density) -> densities` over leaves by name.
       group_weights: The weights d by leaf name, each shaped like the grid of groups;
         1 for leaves that are not named.
@@ -128,12 +128,12 @@ def group_envelope(
 
     Raises:
       ValueError: `sparsity` is outside [0, 1]; at `init`, a filter that takes no
-        leaf, a `block_shape` that does not fit one, or `group_weights` for a leaf
+        leaf, `groups` that do not fit one, or `group_weights` for a leaf
         that is not taken; at `update`, no `params`.
 
     Example:
       >>> step = group_envelope(
-      ...     2.0, 0.5, sparsity=0.5, block_shape=(1, None), leaf_filter="w"
+      ...     2.0, 0.5, sparsity=0.5, groups=(1, None), leaf_filter="w"
       ... )
       >>> params = {"w": jnp.array([[4.0], [2.0]])}
       >>> updates, _ = step.update({"w": jnp.zeros((2, 1))}, step.init(params), params)
@@ -158,13 +158,13 @@ def group_envelope(
         densities = distribution(shapes, density)
         proxes = {}
         for name, shape in shapes.items():
-            groups = count_groups(shape, full_blocks(shape, block_shape))
-            count = masks_lib.exact_count(densities[name], groups)
+            size = count_groups(shape, full_blocks(shape, groups))
+            count = masks_lib.exact_count(densities[name], size)
             proxes[name] = lambda w, lam, name=name, count=count: prox_group_envelope(
                 w,
                 lam,
                 count=count,
-                block_shape=block_shape,
+                groups=groups,
                 group_weights=named.get(name),
             )
         return proxes
@@ -223,15 +223,14 @@ def at_step(schedule: Schedule, step: Any) -> Any:
 
 def stepped(weight: Any, update: Any) -> Any:
     """The weight after the update, unrounded: at least in float32."""
-    dtype = jnp.promote_types(weight.dtype, update.dtype)
-    dtype = jnp.promote_types(dtype, jnp.float32)
+    dtype = widest(weight.dtype, update.dtype, jnp.float32)
     return weight.astype(dtype) + update.astype(dtype)
 
 
 def step_to(target: Any, weight: Any, update: Any) -> Any:
     """What to emit for a weight to become `target`, exactly so where that is 0."""
     # The wider dtype, because -weight rounded to a narrower one is not -weight.
-    dtype = jnp.promote_types(weight.dtype, update.dtype)
+    dtype = widest(weight.dtype, update.dtype)
     moved = (target - weight.astype(target.dtype)).astype(dtype)
     return jnp.where(target == 0, -weight.astype(dtype), moved)
 

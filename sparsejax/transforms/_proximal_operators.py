@@ -7,17 +7,18 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from sparsejax.transforms._groups import (
-    BlockShape,
+    Groups,
     full_blocks,
     group_sizes,
     group_sums,
     safe_sqrt,
     spread,
+    widest,
 )
 
 
 def group_lasso_penalty(
-    weight: Float[Array, "..."], *, block_shape: BlockShape
+    weight: Float[Array, "..."], *, groups: Groups
 ) -> Float[Array, ""]:
     r"""Sum of the norms of groups of weights, each times the root of its size.
 
@@ -28,27 +29,27 @@ def group_lasso_penalty(
 
     Args:
       weight: Array of one dimension or more.
-      block_shape: Shape of a group along the trailing axes; None stands for the
-        whole axis: `(1, None)` are rows, `(None, 1)` columns, `(32, 32)` blocks,
-        `(None, None, None, 1)` the filters of a convolution kernel. Axes before
-        those named have groups of their own. Blocks at the end may be smaller.
+      groups: `Rows()`, `Columns()` or `Blocks((bk, bn))` of the last two axes; or the
+        sizes of a group along the trailing axes, None for a whole axis: `(1, None)`
+        are rows, `(None, None, None, 1)` the filters of a convolution kernel. Axes
+        before those have groups of their own. Blocks at the end may be smaller.
 
     Returns:
       A scalar of the weight's dtype, or float32 if that is narrower.
 
     Raises:
-      ValueError: `block_shape` does not fit the weight.
+      ValueError: `groups` does not fit the weight.
 
     Example:
       >>> w = jnp.array([[3.0, 4.0], [0.0, 0.0]])
-      >>> print(round(float(group_lasso_penalty(w, block_shape=(1, None))), 4))
+      >>> print(round(float(group_lasso_penalty(w, groups=(1, None))), 4))
       7.0711
 
     References:
       Yuan and Lin, `Model selection and estimation in regression with grouped
       variables <https://doi.org/10.1111/j.1467-9868.2005.00532.x>`_, 2006.
     """
-    norms, sizes, _ = _norms_and_sizes(weight, block_shape)
+    norms, sizes, _ = _norms_and_sizes(weight, groups)
     return jnp.sum(jnp.sqrt(sizes) * norms)
 
 
@@ -56,7 +57,7 @@ def prox_group_lasso(
     weight: Float[Array, "..."],
     step: float | Float[Array, ""],
     *,
-    block_shape: BlockShape,
+    groups: Groups,
 ) -> Float[Array, "..."]:
     r"""Soft-thresholds the norms of groups: the proximal operator of group lasso.
 
@@ -70,17 +71,17 @@ def prox_group_lasso(
     Args:
       weight: Array of one dimension or more.
       step: tau, the step size times the strength of the penalty.
-      block_shape: As for `group_lasso_penalty`.
+      groups: As for `group_lasso_penalty`.
 
     Returns:
       An array like `weight`.
 
     Raises:
-      ValueError: `block_shape` does not fit the weight.
+      ValueError: `groups` does not fit the weight.
 
     Example:
       >>> w = jnp.array([[3.0, 4.0], [0.6, 0.8]])
-      >>> print(prox_group_lasso(w, 2.5 / 2**0.5, block_shape=(1, None)))
+      >>> print(prox_group_lasso(w, 2.5 / 2**0.5, groups=(1, None)))
       [[1.5 2. ]
        [0.  0. ]]
 
@@ -88,7 +89,7 @@ def prox_group_lasso(
       Yuan and Lin, `Model selection and estimation in regression with grouped
       variables <https://doi.org/10.1111/j.1467-9868.2005.00532.x>`_, 2006.
     """
-    norms, sizes, blocks = _norms_and_sizes(weight, block_shape)
+    norms, sizes, blocks = _norms_and_sizes(weight, groups)
     threshold = jnp.asarray(step).astype(norms.dtype) * jnp.sqrt(sizes)
     shrunk = 1 - threshold / jnp.where(norms == 0, 1, norms)
     return _scale_groups(weight, jnp.where(norms <= threshold, 0, shrunk), blocks)
@@ -98,7 +99,7 @@ def group_envelope_penalty(
     weight: Float[Array, "..."],
     *,
     count: int,
-    block_shape: BlockShape,
+    groups: Groups,
     group_weights: Float[Array, "..."] | None = None,
 ) -> Float[Array, ""]:
     r"""The weighted group sparse envelope: a convex stand-in for "at most k groups".
@@ -116,7 +117,7 @@ def group_envelope_penalty(
     Args:
       weight: Array of one dimension or more.
       count: k, at least 1.
-      block_shape: Shape of a group, as for `group_lasso_penalty`.
+      groups: As for `group_lasso_penalty`.
       group_weights: d, positive, one per group: shaped like the grid of groups, of
         which an axis of size n with blocks of size b has ceil(n / b). None: 1, which
         is the sparse envelope of groups.
@@ -130,7 +131,7 @@ def group_envelope_penalty(
 
     Example:
       >>> w = jnp.array([[3.0, 0.0], [0.0, 4.0]])
-      >>> penalty = group_envelope_penalty(w, count=1, block_shape=(1, None))
+      >>> penalty = group_envelope_penalty(w, count=1, groups=(1, None))
       >>> print(round(float(penalty), 4))
       24.5
 
@@ -138,12 +139,12 @@ def group_envelope_penalty(
       Refael, Arbel and Huleihel, `Learning k-level structured sparse neural networks
       using group envelope regularization <https://arxiv.org/abs/2212.12921>`_, 2022.
 
-      Beck and Refael, `Sparse regularization via bidualization
-      <https://doi.org/10.1007/s10898-021-01089-0>`_, 2022.
+      Beck and Refael, Sparse regularization via bidualization, Journal of Global
+      Optimization, 2022.
     """
     if count < 1:
         raise ValueError(f"count must be at least 1, got {count}")
-    norms, _, _ = _norms_and_sizes(weight, block_shape)
+    norms, _, _ = _norms_and_sizes(weight, groups)
     d = _group_weights(group_weights, norms)
     # At the minimum over u the value does not move with u: u takes no gradient.
     u = lax.stop_gradient(_shares(jnp.sqrt(d) * norms, jnp.zeros_like(d), count))
@@ -156,7 +157,7 @@ def prox_group_envelope(
     step: float | Float[Array, ""],
     *,
     count: int,
-    block_shape: BlockShape,
+    groups: Groups,
     group_weights: Float[Array, "..."] | None = None,
 ) -> Float[Array, "..."]:
     r"""Proximal operator of the weighted group sparse envelope.
@@ -179,7 +180,7 @@ def prox_group_envelope(
       weight: Array of one dimension or more.
       step: lambda, the step size times the strength of the penalty.
       count: k; 0 gives zeros.
-      block_shape: Shape of a group, as for `group_lasso_penalty`.
+      groups: As for `group_lasso_penalty`.
       group_weights: d, as for `group_envelope_penalty`.
 
     Returns:
@@ -190,7 +191,7 @@ def prox_group_envelope(
 
     Example:
       >>> w = jnp.array([[0.0, 4.0], [2.0, 0.0]])
-      >>> print(prox_group_envelope(w, 1.0, count=1, block_shape=(1, None)))
+      >>> print(prox_group_envelope(w, 1.0, count=1, groups=(1, None)))
       [[0. 2.]
        [0. 0.]]
 
@@ -200,7 +201,7 @@ def prox_group_envelope(
     """
     if count < 0:
         raise ValueError(f"count must be at least 0, got {count}")
-    norms, _, blocks = _norms_and_sizes(weight, block_shape)
+    norms, _, blocks = _norms_and_sizes(weight, groups)
     d = _group_weights(group_weights, norms)
     shift = jnp.asarray(step).astype(norms.dtype) * d
     u = _shares(jnp.sqrt(d) * norms, shift, count)
@@ -234,10 +235,10 @@ def _shares(slopes: Any, shifts: Any, count: int) -> Any:
     return shares(low if count == 0 else high)
 
 
-def _norms_and_sizes(weight: Any, block_shape: BlockShape) -> tuple[Any, Any, Any]:
-    blocks = full_blocks(weight.shape, block_shape)
+def _norms_and_sizes(weight: Any, groups: Groups) -> tuple[Any, Any, Any]:
+    blocks = full_blocks(weight.shape, groups)
     # Half-precision squares would overflow, and sums lose what is small.
-    w = weight.astype(jnp.promote_types(weight.dtype, jnp.float32))
+    w = weight.astype(widest(weight.dtype, jnp.float32))
     norms = safe_sqrt(group_sums(w**2, blocks))
     return norms, group_sizes(w.shape, blocks, w.dtype), blocks
 

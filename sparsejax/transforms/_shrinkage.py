@@ -18,12 +18,7 @@ from sparsejax.transforms._proximal import (
     stepped,
     taken_leaves,
 )
-from sparsejax.transforms._shared import (
-    Distribution,
-    all_finite,
-    density_from,
-    leaf_counts,
-)
+from sparsejax.transforms._shared import Distribution, all_finite, density_from
 
 
 class ShrinkageState(NamedTuple):
@@ -36,12 +31,12 @@ class ShrinkageState(NamedTuple):
 
 def iterative_soft_shrinkage(
     *,
-    sparsity: float | None = None,
-    nm: tuple[int, int] | None = None,
+    sparsity: float,
     factor: Schedule = 0.95,
     begin: int = 0,
     end: int,
     distribution: Distribution = masks_lib.uniform,
+    structure: Any = None,
     leaf_filter: _leaves.LeafFilter = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Shrinks the unimportant weights at every step instead of zeroing them: ISS-P.
@@ -63,15 +58,13 @@ def iterative_soft_shrinkage(
     counted in the state. The masks are in the state, as `shrinkage_masks`.
 
     Args:
-      sparsity: Fraction of weights that is unimportant, in [0, 1]; or None with
-        `nm`.
-      nm: (n, m), to keep n of every m consecutive weights along the contraction
-        axis instead (see `masks.nm_mask`).
+      sparsity: Fraction of weights that is unimportant, in [0, 1].
       factor: alpha in [0, 1], or a function of the count of finished steps.
       begin: First step at which anything shrinks, as a count of finished steps.
       end: The step at which the unimportant weights become zero for good.
-      distribution: `(shapes, density) -> densities` over leaves by name; no effect
-        with `nm`.
+      distribution: `(shapes, density) -> densities` over leaves by name.
+      structure: What is important or not as a whole: single weights (None), N:M,
+        blocks, and so on, as for the updaters of `sparsify`.
       leaf_filter: Which parameters, as for `sparsify`.
 
     Returns:
@@ -79,9 +72,9 @@ def iterative_soft_shrinkage(
       update and parameter.
 
     Raises:
-      ValueError: Neither or both of `sparsity` and `nm` are given, a fraction is
-        outside [0, 1], or `end` is before `begin`; at `init`, a filter that takes no
-        leaf, or `nm` that does not fit one; at `update`, no `params`.
+      ValueError: A fraction is outside [0, 1] or `end` is before `begin`; at `init`,
+        a filter that takes no leaf, or a structure that is unknown, of another
+        sparsity (N:M) or does not fit a leaf; at `update`, no `params`.
 
     Example:
       >>> tx = iterative_soft_shrinkage(sparsity=0.5, factor=0.5, end=1)
@@ -98,21 +91,17 @@ def iterative_soft_shrinkage(
       Wang et al., `Iterative soft shrinkage learning for efficient image
       super-resolution <https://arxiv.org/abs/2303.09650>`_, 2023.
     """
-    if (sparsity is None) == (nm is None):
-        raise ValueError(
-            f"either sparsity or nm must be given, got sparsity={sparsity}, nm={nm}"
-        )
-    density = None if sparsity is None else density_from(sparsity)
+    density = density_from(sparsity)
     if not callable(factor) and not isinstance(factor, jax.Array):
         masks_lib.check_density(factor, "factor")
     schedules.update_steps(begin, end, 1)
 
     def choose(values):
-        if nm is not None:
-            return {k: masks_lib.nm_mask(jnp.abs(v), *nm) for k, v in values.items()}
-        counts = leaf_counts(values, density, distribution)
+        shapes = {name: tuple(value.shape) for name, value in values.items()}
+        densities = distribution(shapes, density)
         return {
-            k: masks_lib.topk_mask(jnp.abs(v), counts[k]) for k, v in values.items()
+            name: masks_lib.structured_mask(value, densities[name], structure)
+            for name, value in values.items()
         }
 
     def init_fn(params):
