@@ -158,14 +158,11 @@ def sparsify(
 
         with jax.numpy_dtype_promotion("standard"):
             iterates = _moments.find_iterates(inner.init, params)
-            inner_state = _moments.settle(
-                state.inner_state,
-                params,
-                masks,
-                old,
-                policy=moments,
-                iterates=iterates,
-            )
+            inner_state = state.inner_state
+            if steps:
+                inner_state = _moments.settle(
+                    inner_state, params, masks, old, policy=moments, iterates=iterates
+                )
             masked = _map_named(_moments.keep_where, masks, updates)
             emitted, inner_state = inner.update(
                 masked, inner_state, params, **extra_args
