@@ -11,7 +11,19 @@ import optax
 import pytest
 
 from sparsejax import transforms
-from sparsejax.masks import Axes, apply_masks, erdos_renyi, exact_count, topk_mask
+from sparsejax.masks import (
+    NM,
+    Axes,
+    Blocks,
+    Columns,
+    FanIn,
+    Rows,
+    apply_masks,
+    erdos_renyi,
+    exact_count,
+    given,
+    topk_mask,
+)
 from sparsejax.transforms import MaskUpdate, Updater
 
 
@@ -371,3 +383,217 @@ def test_one_compilation_through_updates():
     for _ in range(8):
         updates, state = update({"w": params["w"] + 1}, state, params)
         params = optax.apply_updates(params, updates)
+
+
+def bits(mask):
+    return ["".join(str(int(x)) for x in row) for row in np.asarray(mask)]
+
+
+def on(rows):
+    return jnp.array([[bit == "1" for bit in row] for row in rows])
+
+
+# Half of the kept units move: structure, weights, gradients, masks before and after.
+MOVES = {
+    # Of two in four down each column. Column 0 drops 1 and grows |-0.5|; column 1
+    # drops |-2| and grows 0.3. Kept entries have gradient 9.
+    "NM": (
+        NM(2, 4),
+        [[3, 0], [1, 0], [0, -2], [0, 5]],
+        [[9, 0.3], [9, 0.2], [0.1, 9], [-0.5, 9]],
+        ["10", "10", "01", "01"],
+        ["11", "00", "00", "11"],
+    ),
+    "FanIn": (
+        FanIn(),
+        [[3, 0], [1, 0], [0, -2], [0, 5]],
+        [[9, 0.3], [9, 0.2], [0.1, 9], [-0.5, 9]],
+        ["10", "10", "01", "01"],
+        ["11", "00", "00", "11"],
+    ),
+    # Sums of |w|: 6 and 3 (signed: 0 and 3); of |g|: 0.8 and 0.6 (signed: 0 and 0.6).
+    "Blocks": (
+        Blocks((1, 2)),
+        [[3, -3, 1, 2, 0, 0, 0, 0]],
+        [[9, 9, 9, 9, 0.4, -0.4, 0.5, 0.1]],
+        ["11110000"],
+        ["11001100"],
+    ),
+    # |w|: 4 and 2; |g|: 0.2 and 0.9.
+    "Rows": (
+        Rows(),
+        [[3, -1], [1, 1], [0, 0], [0, 0]],
+        [[9, 9], [9, 9], [0.1, 0.1], [-0.5, 0.4]],
+        ["11", "11", "00", "00"],
+        ["11", "00", "00", "11"],
+    ),
+    "Columns": (
+        Columns(),
+        [[3, 1, 0, 0], [-1, 1, 0, 0]],
+        [[9, 9, 0.1, -0.5], [9, 9, 0.1, 0.4]],
+        ["1100", "1100"],
+        ["1001", "1001"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MOVES)
+def test_whole_units_move_by_hand(name):
+    structure, w, g, before, after = MOVES[name]
+    options = {
+        "sparsity": 0.5,
+        "end": 9,
+        "drop_fraction": lambda t: 0.5,
+        "key": jax.random.key(0),
+        "structure": structure,
+    }
+    params, grads = ({"w": jnp.array(x, jnp.float32)} for x in (w, g))
+    zero = jnp.int32(0)
+    for make, memory in (
+        (transforms.rigl, ()),
+        (
+            functools.partial(transforms.sparse_momentum, redistribution=False),
+            {"w": -grads["w"]},
+        ),
+        (
+            # t = 0: growth by the gradient alone. Of one unit's shape each.
+            transforms.exploration_exploitation,
+            {"w": jnp.zeros(on(before).shape, jnp.uint16)},
+        ),
+    ):
+        updater = make(**options)
+        if make is transforms.exploration_exploitation:
+            memory = updater.init(params, updater.key)[1]
+        key = jax.random.key(1)
+        now = MaskUpdate({"w": on(before)}, memory, params, grads, key, zero)
+        masks, _, ok = jax.jit(updater.update)(now)
+        assert bool(ok) and bits(masks["w"]) == after
+    # SET drops the same units; what it grows, whole too, is left to chance.
+    updater = transforms.sparse_evolutionary_training(**options)
+    masks = jax.jit(updater.update)(now._replace(memory=()))[0]["w"]
+    assert (masks & on(before) == on(before) & on(after)).all()
+    assert int(masks.sum()) == int(on(before).sum())
+
+
+def test_the_number_kept_of_every_m_falls_step_by_step():
+    # Updates at 0, 1, 2, 3: 1, 8/27, 1/27, 0 of the way to 7/8 are left. Kept of 8:
+    # 8, round(3.07), round(1.26), 1. A library that jumps would keep 1 at once.
+    updater = transforms.gradual_magnitude(
+        sparsity=0.875, end=3, every=1, structure=NM(1, 8)
+    )
+    w = jax.random.normal(jax.random.key(0), (16, 3))
+    masks, seen = {"w": jnp.ones((16, 3), bool)}, []
+    for step in range(4):
+        now = MaskUpdate(masks, (), {"w": w}, {}, None, jnp.int32(step))
+        masks, _, _ = updater.update(now)
+        groups = masks["w"].reshape(2, 8, 3).sum(1)
+        assert (groups == groups[0, 0]).all()
+        seen.append(int(groups[0, 0]))
+    assert seen == [8, 3, 1, 1]
+    largest = jnp.abs(w).reshape(2, 8, 3).argmax(1)
+    np.testing.assert_array_equal(masks["w"].reshape(2, 8, 3).argmax(1), largest)
+
+
+@pytest.mark.parametrize(
+    "a, b, kept",
+    [
+        # 5, 3 and one of the twos: the earlier leaf's.
+        ([3, 1, -2], [2, 5, 1], ["101", "010"]),
+        # As they are: divided by the leaf's norm, 3 would go before all of b.
+        ([3, 0.1, 0.1], [4, -5, 4.5], ["000", "111"]),
+        # Two equals in one leaf: the first.
+        ([1, -1, 1], [9, 0, 0], ["110", "100"]),
+    ],
+)
+def test_global_magnitude_by_hand(a, b, kept):
+    updater = transforms.gradual_magnitude(sparsity=0.5, end=0, distribution="global")
+    params = {"a": jnp.array([a], jnp.float32), "b": jnp.array([b], jnp.float32)}
+    masks, _ = updater.init(params, None)
+    now = MaskUpdate(masks, (), params, {}, None, jnp.int32(0))
+    masks, _, ok = updater.update(now)
+    assert bool(ok) and bits(masks["a"]) + bits(masks["b"]) == kept
+
+
+def test_global_magnitude_over_blocks():
+    # Sums over pairs: 4, 3 | 5, 1. Two of four stay.
+    updater = transforms.gradual_magnitude(
+        sparsity=0.5, end=0, distribution="global", structure=Blocks((1, 2))
+    )
+    params = {"a": jnp.array([[2.0, -2, 3, 0]]), "b": jnp.array([[5.0, 0, -1, 0]])}
+    masks, _ = updater.init(params, None)
+    now = MaskUpdate(masks, (), params, {}, None, jnp.int32(0))
+    masks, _, _ = updater.update(now)
+    assert bits(masks["a"]) + bits(masks["b"]) == ["1100", "1100"]
+
+
+def test_the_middle_half_of_training():
+    updater = transforms.gradual_magnitude_over(1001, sparsity=0.75, every=100)
+    assert updater.steps == range(250, 751, 100)
+    now = MaskUpdate(
+        {"w": jnp.ones((4, 4), bool)},
+        (),
+        {"w": jnp.ones((4, 4))},
+        {},
+        None,
+        jnp.int32(750),
+    )
+    assert int(updater.update(now)[0]["w"].sum()) == 4
+    with pytest.raises(ValueError, match="total_steps must be at least 4, got 3"):
+        transforms.gradual_magnitude_over(3, sparsity=0.75)
+
+
+def test_given_final_densities_are_reached_along_the_ramp():
+    # At the middle of three updates 1/8 of the way is left: b has 1 - 0.75 (1 - 1/8) of
+    # 16, which is round(5.5) to even.
+    updater = transforms.gradual_magnitude(
+        sparsity=0.375, end=2, every=1, distribution=given({"a": 1.0})
+    )
+    w = jnp.arange(1.0, 17.0).reshape(4, 4)
+    masks, seen = {"a": jnp.ones((4, 4), bool), "b": jnp.ones((4, 4), bool)}, []
+    for step in range(3):
+        now = MaskUpdate(masks, (), {"a": w, "b": w}, {}, None, jnp.int32(step))
+        masks, _, _ = updater.update(now)
+        seen.append([int(mask.sum()) for mask in masks.values()])
+    assert seen == [[16, 16], [16, 6], [16, 4]]
+
+
+def test_fixed_masks_are_those_given():
+    mine = {"w": on(["10", "01"]), "bias": None}
+    tx = transforms.sparsify(optax.sgd(0.5), transforms.fixed(mine))
+    params, state = start(tx, {"w": jnp.full((2, 2), 2.0), "bias": jnp.ones(2)})
+    step_ = jax.jit(lambda g, s, p: step(tx, g, s, p), donate_argnums=(1, 2))
+    for _ in range(3):
+        params, state = step_(jax.tree.map(jnp.ones_like, params), state, params)
+    np.testing.assert_array_equal(params["w"], [[0.5, 0], [0, 0.5]])
+    # Donating the state has not deleted the caller's masks.
+    assert bits(mine["w"]) == bits(state.masks["w"]) == ["10", "01"]
+
+
+@pytest.mark.parametrize(
+    "masks, message",
+    [
+        ({"w": jnp.ones((2, 3), bool)}, r"got \(2, 3\) for \(2, 2\) at 'w'"),
+        ({}, "got no mask at 'w'"),
+        (
+            {"w": jnp.ones((2, 2), bool), "v": jnp.ones((2, 2), bool)},
+            "got no parameter to mask at 'v'",
+        ),
+        ({"w": jnp.ones((2, 2))}, "masks must be boolean arrays, got float32 at 'w'"),
+    ],
+)
+def test_fixed_masks_that_do_not_fit_are_refused(masks, message):
+    with pytest.raises(ValueError, match=message):
+        updater = transforms.fixed(masks)
+        transforms.sparsify(optax.sgd(0.5), updater).init({"w": jnp.ones((2, 2))})
+
+
+def test_first_masks_do_not_depend_on_names():
+    # The reference RigL seeds by Python's hash of a name, which differs from one
+    # process to the next; here leaves are numbered.
+    updater = transforms.static(sparsity=0.5, key=jax.random.key(3))
+    shapes = jnp.ones((4, 4)), jnp.ones((4, 4))
+    first, _ = updater.init(dict(zip("ab", shapes, strict=True)), updater.key)
+    other, _ = updater.init(dict(zip("xy", shapes, strict=True)), updater.key)
+    assert bits(first["a"]) == bits(other["x"]) != bits(first["b"]) == bits(other["y"])
+    draw = jax.random.uniform(jax.random.fold_in(updater.key, 1), (4, 4))
+    np.testing.assert_array_equal(first["b"], draw >= jnp.sort(draw.ravel())[8])
