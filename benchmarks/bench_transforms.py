@@ -1,22 +1,23 @@
 """What `sparsify` adds to training, mask updates included.
 
 A case runs `--every` consecutive steps, exactly one of which updates the masks, and the
-ratio is to the same steps by plain AdamW in the same rounds. Two kinds of step:
+ratio is to the same steps by plain AdamW in the same rounds. Three kinds of step:
 
-    optimizer    `tx.update` and `optax.apply_updates` alone, on donated buffers and
-                 gradients that change: the strictest view
-    train step   the same with the gradient of an MLP of four layers on `--batch` rows,
+    optimizer    `tx.update` and `optax.apply_updates` alone, on gradients that change
+    donated      the same, parameters and state donated: nothing is allocated, and the
+                 bytes of the masks show as nowhere else
+    train step   donated, with the gradient of an MLP of four layers on `--batch` rows:
                  what a user's loop runs
 
-The temporaries of a mask update are part of the compiled program's one allocation,
-also when no update is due. A program with little memory of its own pays for that (fresh
-pages at every call, on Linux above 32 MB); a real model's has passed that size anyway.
+The last with few updaters and the first size of `--train-rows` only: seconds a case.
 
-    python benchmarks/bench_transforms.py                 # 4M weights, writes JSON
+    python benchmarks/bench_transforms.py                 # 1M, 4M, 16M; writes JSON
+    python benchmarks/bench_transforms.py --rows 2048     # 4M weights only
     python benchmarks/bench_transforms.py --anchor        # also one argsort, slow
 """
 
 import argparse
+import time
 
 import jax
 import jax.numpy as jnp
@@ -26,36 +27,51 @@ from _harness import Case, compiled, interleave, ratio, save, table
 from sparsejax import masks, transforms
 
 KEY = jax.random.key(0)
-NAMES = ("static", "rigl", "sparse_evolutionary_training", "gradual_magnitude")
-IN_TRAIN_STEP = ("adamw", "rigl", "gradual_magnitude")  # seconds a case: not all
+IN_TRAIN_STEP = ("adamw", "rigl", "gradual_magnitude")
+
+
+def updaters(sparsity, every):
+    """(name, updater) for all there are."""
+    # From half a period on, so that one chunk of steps holds one update.
+    moving = {"sparsity": sparsity, "key": KEY, "every": every, "begin": every // 2}
+    yield "static", transforms.static(sparsity=sparsity, key=KEY)
+    for name in (
+        "gradual_magnitude",
+        "granet",
+        "sparse_evolutionary_training",
+        "rigl",
+        "srigl",
+        "sparse_momentum",
+        "exploration_exploitation",
+    ):
+        # Far enough for the drop fraction to stay what it is at first.
+        yield name, getattr(transforms, name)(end=1000 * every, **moving)
+    yield (
+        "rigl, 16x16 blocks",
+        transforms.rigl(end=1000 * every, structure=masks.Blocks((16, 16)), **moving),
+    )
 
 
 def transformations(sparsity, every):
     """(name, transformation): AdamW alone and under each updater."""
     adamw = optax.adamw(1e-4)
     yield "adamw", adamw
-    for name in NAMES:
-        schedule = {} if name == "static" else {"every": every, "end": 10**6}
-        # From half a period on, so that one chunk of steps holds one update.
-        schedule |= {} if name == "static" else {"begin": every // 2}
-        make = getattr(transforms, name)
-        updater = make(sparsity=sparsity, key=KEY, **schedule)
+    for name, updater in updaters(sparsity, every):
         yield name, transforms.sparsify(adamw, updater)
 
 
-def steps(name, tx, params, batches, gradient, every):
-    """A case of `every` steps that trains on: each donates what the last returned."""
+def steps(name, tx, params, batches, gradient, every, donate):
+    """A case of `every` steps that trains on from what the last one returned."""
 
     def step(params, state, batch):
         updates, state = tx.update(gradient(params, batch), state, params)
         return optax.apply_updates(params, updates), state
 
     state = tx.init(params)
-    build = compiled(
-        name, jax.jit(step, donate_argnums=(0, 1)), params, state, batches[0]
-    )
-    program = jax.jit(step, donate_argnums=(0, 1)).lower(params, state, batches[0])
-    program = program.compile()
+    start = time.perf_counter()
+    program = jax.jit(step, donate_argnums=(0, 1) if donate else ())
+    program = program.lower(params, state, batches[0]).compile()
+    compile_s = time.perf_counter() - start
     held = [jax.tree.map(jnp.copy, (params, state))]
 
     def run():
@@ -63,12 +79,19 @@ def steps(name, tx, params, batches, gradient, every):
             held[0] = program(*held[0], batches[i % len(batches)])
         return held[0]
 
-    return Case(name, run, build.compile_s)
+    return Case(name, run, compile_s)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--rows", type=int, default=2048, help="weights: rows x rows")
+    parser.add_argument(
+        "--rows",
+        type=int,
+        nargs="+",
+        default=[1024, 2048, 4096],
+        help="weights: rows^2",
+    )
+    parser.add_argument("--train-rows", type=int, default=2048, help="0: no train step")
     parser.add_argument("--batch", type=int, default=2048, help="rows in a train step")
     parser.add_argument("--sparsity", type=float, default=0.9)
     parser.add_argument("--every", type=int, default=100, help="steps per mask update")
@@ -77,16 +100,7 @@ def main():
     parser.add_argument("--json", help="where to write; default: benchmarks/results")
     args = parser.parse_args()
 
-    half = args.rows // 2
     keys = jax.random.split(jax.random.key(1), 4)
-    shape = (args.rows, args.rows)
-    one = {"kernel": jax.random.normal(KEY, shape) / args.rows**0.5}
-    given = [{"kernel": jax.random.normal(key, shape)} for key in keys]
-    mlp = {
-        f"layer{i}": {"kernel": jax.random.normal(key, (half, half)) / half**0.5}
-        for i, key in enumerate(keys)
-    }
-    rows = [jax.random.normal(key, (2, args.batch, half)) for key in keys]
 
     def loss(params, batch):
         h, y = batch
@@ -94,28 +108,48 @@ def main():
             h = jnp.tanh(h @ layer["kernel"])
         return jnp.mean((h - y) ** 2)
 
+    def settings():
+        """(kind, parameters, batches, gradient of a batch, whether to donate)."""
+        for rows in args.rows:
+            shape = (rows, rows)
+            params = {"kernel": jax.random.normal(KEY, shape) / rows**0.5}
+            given = [{"kernel": jax.random.normal(key, shape)} for key in keys[:2]]
+            size = f"{rows * rows / 2**20:g}M"
+            for donate in (False, True):
+                kind = "donated" if donate else "optimizer"
+                yield f"{size} {kind}", params, given, lambda params, g: g, donate
+        if args.train_rows:
+            half = args.train_rows // 2
+            params = {
+                f"layer{i}": {"kernel": jax.random.normal(k, (half, half)) / half**0.5}
+                for i, k in enumerate(keys)
+            }
+            rows = [jax.random.normal(key, (2, args.batch, half)) for key in keys]
+            size = f"{args.train_rows**2 / 2**20:g}M"
+            yield f"{size} train step", params, rows, jax.grad(loss), True
+
     summary, times = {}, {}
-    for kind, params, batches, gradient in (
-        ("optimizer", one, given, lambda params, grads: grads),
-        ("train step", mlp, rows, jax.grad(loss)),
-    ):
+    for kind, params, batches, gradient, donate in settings():
         cases = [
-            steps(f"{kind}: {name}", tx, params, batches, gradient, args.every)
+            steps(f"{kind}: {name}", tx, params, batches, gradient, args.every, donate)
             for name, tx in transformations(args.sparsity, args.every)
-            if kind == "optimizer" or name in IN_TRAIN_STEP
+            if "train step" not in kind or name in IN_TRAIN_STEP
         ]
         timed = interleave(cases, rounds=args.rounds, warmup=1)
-        print(table(timed, base=f"{kind}: adamw"))
+        print(table(timed, base=f"{kind}: adamw"), flush=True)
         for case in cases[1:]:
             summary[case.name] = ratio(timed, case.name, f"{kind}: adamw")
         times |= timed
-    count = masks.exact_count(1 - args.sparsity, args.rows**2)
-    top = compiled("topk_mask", lambda w: masks.topk_mask(w, count), given[0]["kernel"])
+        del cases
+    rows = args.rows[-1]
+    scores = jax.random.normal(KEY, (rows, rows))
+    count = masks.exact_count(1 - args.sparsity, rows**2)
+    top = compiled("topk_mask", lambda w: masks.topk_mask(w, count), scores)
     anchors = [top]
     if args.anchor:
         # The selection of JaxPruner: one argsort of the flattened scores.
         order = lambda w: jnp.argsort(-w.ravel())
-        anchors.append(compiled("argsort", order, given[0]["kernel"]))
+        anchors.append(compiled("argsort", order, scores))
     timed = interleave(anchors, rounds=args.rounds, warmup=1)
     print(table(timed, base="topk_mask"))
     if args.anchor:
@@ -123,7 +157,7 @@ def main():
     path = save(
         "transforms",
         times | timed,
-        base="optimizer: adamw",
+        base=f"{args.rows[0] ** 2 / 2**20:g}M optimizer: adamw",
         config=vars(args),
         summary=summary,
         path=args.json,
