@@ -2,9 +2,27 @@
 
 ``nnx`` and ``linen`` wrap these and add no arithmetic, so both have the same parameter
 names and shapes: ``kernel`` and ``bias``, with the topology beside them as
-``kernel_mask`` or ``kernel_layout``.
+``kernel_mask``, ``kernel_layout`` or ``kernel_indices``.
 """
 
+from sparsejax.layers._condense import CondensedChoice as CondensedChoice
+from sparsejax.layers._condense import CondenseReport as CondenseReport
+from sparsejax.layers._condense import condense as condense
+from sparsejax.layers._condensed import CondensedBlocks as CondensedBlocks
+from sparsejax.layers._condensed import CondensedFanIn as CondensedFanIn
+from sparsejax.layers._condensed import CondensedMasked as CondensedMasked
+from sparsejax.layers._condensed import CondensedNM as CondensedNM
+from sparsejax.layers._condensed import CondensedRegion as CondensedRegion
+from sparsejax.layers._condensed import apply_condensed as apply_condensed
+from sparsejax.layers._condensed import expand_condensed as expand_condensed
+from sparsejax.layers._condensed_linear import FanInLinearSpec as FanInLinearSpec
+from sparsejax.layers._condensed_linear import NMLinearSpec as NMLinearSpec
+from sparsejax.layers._condensed_linear import (
+    apply_fan_in_linear as apply_fan_in_linear,
+)
+from sparsejax.layers._condensed_linear import apply_nm_linear as apply_nm_linear
+from sparsejax.layers._condensed_linear import init_fan_in_linear as init_fan_in_linear
+from sparsejax.layers._condensed_linear import init_nm_linear as init_nm_linear
 from sparsejax.layers._convert import convert as convert
 from sparsejax.layers._iso_flop import apply_iso_flop as apply_iso_flop
 from sparsejax.layers._iso_flop import init_iso_flop as init_iso_flop
@@ -29,18 +47,34 @@ from sparsejax.layers._linear import init_masked_linear as init_masked_linear
 
 __all__ = [
     "BlockSparseLinearSpec",
+    "CondenseReport",
+    "CondensedBlocks",
+    "CondensedChoice",
+    "CondensedFanIn",
+    "CondensedMasked",
+    "CondensedNM",
+    "CondensedRegion",
+    "FanInLinearSpec",
     "MaskedLinearSpec",
+    "NMLinearSpec",
     "SparseDopedSpec",
     "SparseFactorizedSpec",
     "SparseParallelSpec",
     "SparseWideSpec",
     "apply_block_sparse_linear",
+    "apply_condensed",
+    "apply_fan_in_linear",
     "apply_iso_flop",
     "apply_masked_linear",
+    "apply_nm_linear",
+    "condense",
     "convert",
+    "expand_condensed",
     "init_block_sparse_linear",
+    "init_fan_in_linear",
     "init_iso_flop",
     "init_masked_linear",
+    "init_nm_linear",
     "iso_flop",
     "iso_flop_chain",
 ]

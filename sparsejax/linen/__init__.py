@@ -1,10 +1,12 @@
 """Flax Linen modules: variables around ``sparsejax.layers``, no arithmetic.
 
-Collections: "params" for kernel and bias, "topology" for ``kernel_mask`` and
-``kernel_layout``, "probes" for the zeros whose gradient is the growth score; the last
-may be left out when a module is applied.
+Collections: "params" for kernel and bias, "topology" for ``kernel_mask``,
+``kernel_layout`` and ``kernel_indices``, "probes" for the zeros whose gradient is the
+growth score; the last may be left out when a module is applied.
 """
 
+from sparsejax.linen._condensed import FanInLinear as FanInLinear
+from sparsejax.linen._condensed import NMLinear as NMLinear
 from sparsejax.linen._iso_flop import SparseDoped as SparseDoped
 from sparsejax.linen._iso_flop import SparseFactorized as SparseFactorized
 from sparsejax.linen._iso_flop import SparseParallel as SparseParallel
@@ -14,7 +16,9 @@ from sparsejax.linen._linear import MaskedLinear as MaskedLinear
 
 __all__ = [
     "BlockSparseLinear",
+    "FanInLinear",
     "MaskedLinear",
+    "NMLinear",
     "SparseDoped",
     "SparseFactorized",
     "SparseParallel",

@@ -1,11 +1,14 @@
 """Flax NNX modules: variables around ``sparsejax.layers``, no arithmetic.
 
-Variables: ``nnx.Param`` for kernel and bias; ``Mask`` and ``Layout`` hold the topology,
-``GrowthProbe`` the zeros whose gradient is the growth score. So
+Variables: ``nnx.Param`` for kernel and bias; ``Mask``, ``Layout`` and ``Indices`` hold
+the topology, ``GrowthProbe`` the zeros whose gradient is the growth score. So
 ``nnx.split(model, nnx.Param, Layout, GrowthProbe, ...)`` gives what a topology step
 needs.
 """
 
+from sparsejax.nnx._condensed import FanInLinear as FanInLinear
+from sparsejax.nnx._condensed import Indices as Indices
+from sparsejax.nnx._condensed import NMLinear as NMLinear
 from sparsejax.nnx._iso_flop import SparseDoped as SparseDoped
 from sparsejax.nnx._iso_flop import SparseFactorized as SparseFactorized
 from sparsejax.nnx._iso_flop import SparseParallel as SparseParallel
@@ -18,10 +21,13 @@ from sparsejax.nnx._variables import Mask as Mask
 
 __all__ = [
     "BlockSparseLinear",
+    "FanInLinear",
     "GrowthProbe",
+    "Indices",
     "Layout",
     "Mask",
     "MaskedLinear",
+    "NMLinear",
     "SparseDoped",
     "SparseFactorized",
     "SparseParallel",

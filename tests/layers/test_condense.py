@@ -1,0 +1,232 @@
+"""condense: the form that each mask gets, the same products, the report, bad input."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import sparsejax as sj
+from sparsejax.layers import (
+    CondensedBlocks,
+    CondensedFanIn,
+    CondensedMasked,
+    CondensedNM,
+    CondensedRegion,
+    apply_condensed,
+    condense,
+    expand_condensed,
+)
+from sparsejax.masks import nm_mask
+from sparsejax.testing import assert_close
+
+K, N = 48, 32
+RNG = np.random.default_rng(0)
+
+
+def blocks_of(side, kept):
+    mask = np.zeros((K, N), bool)
+    for row, col in kept:
+        mask[row * side : (row + 1) * side, col * side : (col + 1) * side] = True
+    return mask
+
+
+def fan_in_mask(fan_in, rng=RNG):
+    order = np.argsort(rng.random((K, N)), axis=0)
+    return order < fan_in
+
+
+def without(mask, rows=(), cols=()):
+    mask = np.array(mask)
+    mask[list(rows)] = False
+    mask[:, list(cols)] = False
+    return mask
+
+
+NM = np.array(nm_mask(jnp.asarray(RNG.random((K, N)), jnp.float32), 2, 4))
+UNEVEN = RNG.random((K, N)) < 0.3
+UNEVEN[0, :], UNEVEN[1, 0] = True, False
+
+# name: (mask, form in the report, type of the leaf, type of what a region holds)
+CASES = {
+    "all": (np.ones((K, N), bool), "dense", jax.Array, None),
+    "none": (np.zeros((K, N), bool), "smaller dense", CondensedRegion, jax.Array),
+    "columns": (
+        without(np.ones((K, N), bool), (), (3, 7, 30)),
+        "smaller dense",
+        CondensedRegion,
+        jax.Array,
+    ),
+    "rows_and_columns": (
+        without(np.ones((K, N), bool), (0, 47), (3,)),
+        "smaller dense",
+        CondensedRegion,
+        jax.Array,
+    ),
+    "blocks16": (
+        blocks_of(16, [(0, 0), (1, 1), (2, 0)]),
+        "blocks 16x16",
+        CondensedBlocks,
+        None,
+    ),
+    # Two neighbours of 8 are no block of 16 here: rows 8 to 24.
+    "blocks8": (
+        blocks_of(8, [(1, 0), (2, 0), (4, 3)]),
+        "blocks 8x8",
+        CondensedBlocks,
+        None,
+    ),
+    "2:4": (NM, "N:M 2:4", CondensedNM, None),
+    "2:4_ablated": (
+        without(NM, (), (0, 9)),
+        "N:M 2:4",
+        CondensedRegion,
+        CondensedNM,
+    ),
+    "fan_in": (fan_in_mask(7), "constant fan-in 7", CondensedFanIn, None),
+    "fan_in_ablated": (
+        without(fan_in_mask(7), (), (0, 9)),
+        "constant fan-in 7",
+        CondensedRegion,
+        CondensedFanIn,
+    ),
+    "uneven": (UNEVEN, "masked dense", CondensedMasked, None),
+    "uneven_ablated": (
+        without(UNEVEN, (5,), (9,)),
+        "masked dense",
+        CondensedRegion,
+        CondensedMasked,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_form_product_and_gradient(name):
+    mask, form, kind, inner = CASES[name]
+    draw = lambda *s: jnp.asarray(RNG.standard_normal(s), jnp.float32)
+    w, x = draw(K, N), draw(5, K)
+    tree, report = condense({"up": w, "bias": draw(N)}, {"up": jnp.asarray(mask)})
+    leaf = tree["up"]
+    assert isinstance(leaf, kind)
+    assert inner is None or isinstance(leaf.inner, inner)
+    assert report.leaves["up"].form == form
+    assert report.leaves["up"].density == pytest.approx(mask.mean())
+    assert list(report.leaves) == ["up"] and tree["bias"].shape == (N,)
+
+    kept = np.where(mask, w, 0)
+    np.testing.assert_array_equal(expand_condensed(leaf), kept)
+    run = jax.jit(lambda x, leaf: apply_condensed(x, leaf))
+    assert_close(run(x, leaf), np.float64(x) @ np.float64(kept), x @ kept)
+    # The numbers stored have the gradients of the kept entries: x^T 1.
+    numbers = jax.grad(lambda leaf: jnp.sum(apply_condensed(x, leaf)), allow_int=True)(
+        leaf
+    )
+    floats = [g for g in jax.tree.leaves(numbers) if g.dtype == jnp.float32]
+    total = sum(float(jnp.sum(g)) for g in floats)
+    want = float((np.float64(x).sum(0)[:, None] * mask).sum())
+    assert total == pytest.approx(want, rel=1e-4, abs=1e-3)
+    if inner is not None:  # nothing is stored of what is left out
+        assert floats[0].size <= mask.any(0).sum() * mask.any(1).sum()
+
+
+def test_options():
+    w = jnp.ones((K, N))
+    # A block of 16 is four of 8; whichever side is asked for.
+    mask = blocks_of(16, [(0, 0), (1, 1)])
+    leaf = condense({"w": w}, {"w": mask}, block_sides=(8,))[0]["w"]
+    assert leaf.layout.block_shape == (8, 8) and leaf.layout.capacity == 8
+    # 2:4 is constant fan-in 24 of 48.
+    tree, report = condense({"w": w}, {"w": NM}, groups=())
+    assert report.leaves["w"].form == "constant fan-in 24"
+    assert tree["w"].values.shape == (N, 24)
+    # bfloat16 product of float32 numbers.
+    y = apply_condensed(jnp.ones((2, K)), tree["w"], dtype=jnp.bfloat16)
+    assert y.dtype == jnp.bfloat16 and (y == 24).all()
+
+
+def test_other_ranks_stay_masked_dense():
+    w = jnp.asarray(RNG.standard_normal((3, 3, 8, 8)), jnp.float32)
+    mask = RNG.random(w.shape) < 0.5
+    tree, report = condense([w], [mask])
+    assert isinstance(tree[0], CondensedMasked)
+    assert report.leaves["0"].why == "4 axes, not a weight [k, n]"
+    np.testing.assert_array_equal(expand_condensed(tree[0]), np.where(mask, w, 0))
+
+
+def test_masks_of_an_optimizer_and_a_whole_model():
+    """As from ``get_masks``: MaskedNode where there is no mask; jit over the tree."""
+    import optax
+
+    params = {
+        "up": {"kernel": jnp.ones((K, N)), "bias": jnp.zeros(N)},
+        "down": {"kernel": jnp.ones((N, K)), "bias": jnp.zeros(K)},
+    }
+    tx = sj.transforms.sparsify(
+        optax.sgd(0.1), sj.transforms.static(sparsity=0.75, key=jax.random.key(0))
+    )
+    masks = sj.transforms.get_masks(tx.init(params))
+    tree, report = condense(params, masks)
+    assert set(report.leaves) == {"up/kernel", "down/kernel"}
+
+    @jax.jit
+    def model(tree, x):
+        for name in ("up", "down"):
+            x = apply_condensed(x, tree[name]["kernel"]) + tree[name]["bias"]
+        return x
+
+    x = jnp.ones((2, K))
+    kept = sj.masks.apply_masks(params, masks)
+    want = x @ kept["up"]["kernel"] @ kept["down"]["kernel"]
+    np.testing.assert_allclose(model(tree, x), want, rtol=1e-5)
+
+
+def test_report_is_a_table():
+    params = {"a": jnp.ones((K, N)), "long/name": jnp.ones((K, N))}
+    masks = {"a": fan_in_mask(5), "long/name": UNEVEN}
+    _, report = condense(params, masks, rows=1)
+    counts = UNEVEN.sum(0)
+    assert str(report).splitlines() == [
+        "leaf       shape  density  form               dense faster  why",
+        "a          48x32  0.1042   constant fan-in 5  no            "
+        "every column keeps 5 of 48",
+        f"long/name  48x32  {UNEVEN.mean():.4f}   masked dense       yes           "
+        f"no blocks, no N:M, columns keep {counts.min()} to {counts.max()}",
+        "dense faster: at 1 row of x, by static rules",
+    ]
+
+
+def test_whether_dense_would_be_faster():
+    """Follows the operators' rules: by density and by rows of x."""
+    faster = lambda mask, rows: (
+        condense({"w": jnp.ones((K, N))}, {"w": mask}, rows=rows)[1]
+        .leaves["w"]
+        .dense_is_faster
+    )
+    assert faster(fan_in_mask(4), 1) is False
+    assert faster(fan_in_mask(44), 1) is True
+    assert faster(np.ones((K, N), bool), 1) is False
+    assert faster(CASES["columns"][0], 1) is False
+    assert faster(UNEVEN, 1) is True
+    assert faster(NM, 64) is True  # on a CPU
+    few, most = [(0, 0)], [(i, j) for i in range(6) for j in range(4)][1:]
+    assert faster(blocks_of(8, few), 512) is False
+    assert faster(blocks_of(8, most), 512) is True
+
+
+def test_errors_name_the_leaf():
+    params = {"up": {"kernel": jnp.ones((4, 3))}}
+    wrong = lambda mask: {"up": {"kernel": mask}}
+    with pytest.raises(ValueError, match=r"got shape \(3, 4\) at 'up/kernel', needed"):
+        condense(params, wrong(np.ones((3, 4), bool)))
+    with pytest.raises(ValueError, match="got a mask at 'down', needed the paths of"):
+        condense(params, {"down": np.ones((4, 3), bool)})
+    with pytest.raises(ValueError, match="got float32 at 'up/kernel', needed bool"):
+        condense(params, wrong(jnp.ones((4, 3))))
+    with pytest.raises(ValueError, match="got a traced mask at 'up/kernel'"):
+        jax.jit(lambda mask: condense(params, wrong(mask)))(np.ones((4, 3), bool))
+    tree, _ = condense(
+        {"w": jnp.ones((K, N))}, {"w": without(np.ones((K, N), bool), (1,))}
+    )
+    with pytest.raises(ValueError, match=r"x: got shape \(2, 9\), needed \[\.\.\., 48"):
+        apply_condensed(jnp.ones((2, 9)), tree["w"])
+    with pytest.raises(ValueError, match="leaf: got dict, needed a weight"):
+        apply_condensed(jnp.ones((2, 9)), {})
