@@ -27,8 +27,8 @@ class Settings:
     """What all trainings of a comparison share. Rows of other settings do not mix."""
 
     data: str = "digits"
-    examples: int = 500  # to train on; of text: all there are
-    width: int = 256  # of the two hidden layers
+    examples: int = 597  # to train on; of text: all there are
+    width: int = 128  # of the two hidden layers
     steps: int = 1000
     batch: int = 64
     learning_rate: float = 2e-3  # at first; falls to 0 by a cosine
@@ -45,7 +45,9 @@ class Settings:
 
 PRESETS = {
     "digits": Settings(),
-    "text": Settings(data="text", examples=0, batch=256, every=50),
+    "text": Settings(
+        data="text", examples=0, width=256, steps=2000, batch=256, every=50
+    ),
 }
 
 

@@ -28,6 +28,7 @@ import argparse
 import dataclasses
 import functools
 import pathlib
+import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -43,7 +44,7 @@ import rich.progress
 from _compare import Case, fit
 from _compare_report import Claim
 
-from sparsejax import masks, pruning, schedules, straight_through, transforms
+from sparsejax import averaging, masks, pruning, schedules, straight_through, transforms
 
 # ---- methods -----------------------------------------------------------------------
 
@@ -52,18 +53,24 @@ MOVING = "sparse to sparse"
 FIXED = "masks from before training"
 SEEN = "straight-through"
 PATTERN = "N:M"
+AVERAGED = "averages"
 
 
 class Method(NamedTuple):
-    """How to train: `run(case)` returns parameters, or a list of them to average over.
+    """An entry of METHODS.
 
-    It is traced, once per sparsity. `kind` says at which sparsities it runs: "any",
-    "pattern" (N:M) or "dense".
+    Attributes:
+      family: Panel of the picture.
+      run: Trains: `case -> params`, or a list of several, over which scores are
+        averaged. It is traced, once per sparsity.
+      kind: At which sparsities it runs: "any", "pattern" (N:M) or "dense".
+      finish: What else is done to the list, with numbers in it.
     """
 
     family: str
     run: Callable[[Case], Any]
     kind: str = "any"
+    finish: Callable[[list], list] = lambda found: found
 
 
 def updated(make: Callable[..., transforms.Updater], **keywords: Any):
@@ -187,24 +194,62 @@ def structure_decay(case: Case, kernel: Any, stage: Any):
 
 
 def fading(case: Case):
-    """From 1 to 0 in the middle half of training."""
-    settings = case.settings
+    """From 1 to 0 in the first half of training."""
+    return functools.partial(schedules.linear, end=case.settings.steps // 2)
+
+
+def fading_fast(case: Case):
+    """The same in ten e-folds per training, cut off where masks come to rest."""
     return functools.partial(
-        schedules.linear, begin=settings.steps // 4, end=settings.end
+        schedules.exponential, rate=10 / case.settings.steps, end=case.settings.end
     )
 
 
 def stages(case: Case):
-    """Equal shares of the middle half of training."""
+    """Equal shares of the first quarter of training; then the last stage."""
+    count = len(straight_through.stepwise_sequence(*case.pattern))
+    end = max(case.settings.steps // 4, count)
+    return functools.partial(schedules.stage, stages=count, end=end)
+
+
+MEMBERS = 5
+
+
+def retrained(case: Case):
+    """Prunes once, then trains several members on, each with its own order of data."""
     settings = case.settings
-    return functools.partial(
-        schedules.stage,
-        stages=len(straight_through.stepwise_sequence(*case.pattern)),
-        begin=settings.steps // 4,
-        end=settings.end,
+    every, end = settings.every, settings.end
+    updater = transforms.gradual_magnitude(
+        sparsity=case.sparsity, begin=every, end=end, every=every, distribution="global"
     )
+    pruned = fit(case, updater)
+    train = lambda member: fit(
+        case,
+        transforms.fixed(kept(pruned)),
+        params=pruned,
+        steps=settings.steps // 2,
+        member=member,
+    )
+    members = jax.vmap(train)(1 + jnp.arange(MEMBERS))
+    unstack = lambda i: jax.tree.map(lambda x: x[i], members)
+    return [unstack(i) for i in range(MEMBERS)]
 
 
+def kept(params: Any):
+    """Masks of the kernels, by what is not zero; no other leaves."""
+    return {
+        name: {"kernel": layer["kernel"] != 0}
+        for name, layer in params.items()
+        if name.startswith("layer")
+    }
+
+
+def soup(members: list):
+    """The members' average, which has their mask."""
+    return [averaging.sparse_soup(members, [kept(member) for member in members])]
+
+
+SPARSITIES = (0.8, 0.9, 0.95, 0.98)
 ER = {"distribution": masks.erdos_renyi}
 
 METHODS = {
@@ -229,12 +274,15 @@ METHODS = {
     "autosparse": Method(SEEN, autosparse),
     "sr_ste": Method(PATTERN, sr_ste(2e-4), "pattern"),
     "mask_decay": Method(PATTERN, seen(mask_decay, fading), "pattern"),
+    "mask_decay_exponential": Method(PATTERN, seen(mask_decay, fading_fast), "pattern"),
     "mask_decay_scaled": Method(
         PATTERN,
         seen(functools.partial(mask_decay, backward="scaled"), fading),
         "pattern",
     ),
     "structure_decay": Method(PATTERN, seen(structure_decay, stages), "pattern"),
+    "soup_member": Method(AVERAGED, retrained),
+    "soup": Method(AVERAGED, retrained, finish=soup),
 }
 REFERENCES = ("dense", "static_erdos_renyi")
 
@@ -261,10 +309,14 @@ CLAIMS = (
     ),
     Claim(
         "a decay recipe beats SR-STE",
-        ("mask_decay", "mask_decay_scaled", "structure_decay"),
+        (
+            *("mask_decay", "mask_decay_exponential", "mask_decay_scaled"),
+            "structure_decay",
+        ),
         "sr_ste",
         (1 - 1 / 8, 1 - 1 / 16),
     ),
+    Claim("soups beat their single members", ("soup",), "soup_member", SPARSITIES),
 )
 
 
@@ -303,23 +355,27 @@ def points_of(
 
 
 def compile_point(
-    point: Point, settings: _compare.Settings, task: _compare.Task
+    point: Point,
+    settings: _compare.Settings,
+    task: _compare.Task,
+    evaluate: Callable[[Any], dict[str, Any]],
 ) -> Callable[[int], dict[str, float]]:
     """Returns seed -> scores, compiled once for all seeds."""
+    method = METHODS[point.method]
 
     def program(key, train):
         case = Case(task, train, settings, point.sparsity, point.pattern, key)
         with jax.numpy_dtype_promotion("standard"):  # optax mixes dtypes
-            found = METHODS[point.method].run(case)
-            found = found if isinstance(found, list) else [found]
-            scores = [_compare.evaluate(task, params) for params in found]
-            return jax.tree.map(lambda *x: jnp.mean(jnp.stack(x)), *scores)
+            found = method.run(case)
+        return found if isinstance(found, list) else [found]
 
     compiled = jax.jit(program).lower(jax.random.key(0), task.train).compile()
 
     def run(seed: int) -> dict[str, float]:
-        scores = compiled(jax.random.key(seed), task.train)
-        return {name: round(float(x), 6) for name, x in scores.items()}
+        found = method.finish(compiled(jax.random.key(seed), task.train))
+        scores = [evaluate(params) for params in found]
+        mean = lambda name: statistics.fmean(float(score[name]) for score in scores)
+        return {name: round(mean(name), 6) for name in scores[0]}
 
     return run
 
@@ -357,6 +413,7 @@ def compare(
         console=console,
         disable=not console.is_terminal,
     )
+    evaluate = jax.jit(functools.partial(_compare.evaluate, task))
     with progress:
         bar = progress.add_task("", total=total, completed=total - left)
         for point, missing in todo.items():
@@ -364,7 +421,7 @@ def compare(
                 continue
             progress.update(bar, description=f"{point}, compiling")
             begin = time.perf_counter()
-            run = compile_point(point, settings, task)
+            run = compile_point(point, settings, task, evaluate)
             compiling = time.perf_counter() - begin
             progress.update(bar, description=str(point))
             for seed in missing:
@@ -462,7 +519,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--sparsities",
         nargs="+",
         type=float,
-        default=[0.8, 0.9, 0.95, 0.98],
+        default=list(SPARSITIES),
         metavar="S",
         help="shares of the kernels that are zero (0.8 0.9 0.95 0.98)",
     )
