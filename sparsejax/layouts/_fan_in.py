@@ -142,22 +142,22 @@ def check_fan_in(indices: Shaped[Array, "..."], k: int) -> None:
         return
     if not getattr(indices, "is_fully_addressable", True):
         return  # no host has all of them
-    indices = np.asarray(indices)
-    n = indices.shape[0]
-    outside = (indices < 0) | (indices >= k)
+    places: Any = np.asarray(indices)
+    n, fan_in = places.shape
+    outside = (places < 0) | (places >= k)
     if outside.any():
-        column, place = (int(i) for i in np.argwhere(outside)[0])
+        column, i = (int(at) for at in np.argwhere(outside)[0])
         raise ValueError(
-            f"indices: column {column} has {int(indices[column, place])}, needed "
+            f"indices: column {column} has {int(places[column, i])}, needed "
             f"indices in [0, {k})"
         )
     seen = np.zeros((n, k), bool)
-    np.put_along_axis(seen, indices, True, axis=1)
-    repeated = seen.sum(axis=1) < indices.shape[1]
+    np.put_along_axis(seen, places, True, axis=1)
+    repeated = seen.sum(axis=1) < fan_in
     if repeated.any():
         column = int(np.argmax(repeated))
         raise ValueError(
-            f"indices: column {column} has one twice in {indices[column].tolist()}, "
+            f"indices: column {column} has one twice in {places[column].tolist()}, "
             "needed distinct ones"
         )
 
