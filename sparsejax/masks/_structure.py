@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from sparsejax.masks._columns import top_of_columns
 from sparsejax.masks._distribution import exact_count
 from sparsejax.masks._select import topk_mask
 
@@ -229,9 +230,9 @@ def top_units(structure: Structure, scores: Any, count: Any, where: Any = None) 
         where = jnp.ones(scores.shape, bool)
     if isinstance(structure, NM):
         return _top_of_runs(scores, count, structure.m, where)
-    top = lambda s, w: topk_mask(s, count, where=w)
     if isinstance(structure, FanIn):
-        top = jax.vmap(top, in_axes=-1, out_axes=-1)
+        return top_of_columns(scores, jnp.asarray(count).astype(jnp.int32), where)
+    top = lambda s, w: topk_mask(s, count, where=w)
     for _ in scores.shape[:-2]:
         top = jax.vmap(top)
     return top(scores, where)
