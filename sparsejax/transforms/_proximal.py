@@ -228,11 +228,10 @@ def stepped(weight: Any, update: Any) -> Any:
 
 
 def step_to(target: Any, weight: Any, update: Any) -> Any:
-    """What to emit for a weight to become `target`, exactly so where that is 0."""
+    """What to emit for a weight to become `target`: exactly -weight where that is 0."""
     # The wider dtype, because -weight rounded to a narrower one is not -weight.
     dtype = widest(weight.dtype, update.dtype)
-    moved = (target - weight.astype(target.dtype)).astype(dtype)
-    return jnp.where(target == 0, -weight.astype(dtype), moved)
+    return (target - weight.astype(target.dtype)).astype(dtype)
 
 
 def replace_leaves(tree: Any, leaves: dict[str, Any]) -> Any:

@@ -232,6 +232,7 @@ def _shares(slopes: Any, shifts: Any, count: int) -> Any:
     high = lax.bitcast_convert_type(largest, bits)
     steps = 8 * slopes.dtype.itemsize - 1
     low, high = lax.fori_loop(0, steps, halve, (jnp.zeros((), bits), high))
+    # For k = 0 the lower end, which is 0: the other may give a share to all.
     return shares(low if count == 0 else high)
 
 
