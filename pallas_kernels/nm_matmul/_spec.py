@@ -1,9 +1,10 @@
 """What the condensed N:M kernels take, and their tile sizes. Pure Python on shapes.
 
-Every backend file has the same two functions. w ``[k, p]`` is the dense matrix that
-``values [k * n / m, p]`` and ``words`` stand for: row ``g * n + j`` of values belongs
-in row ``g * m + place`` of w, and row r has its place in word ``r // per`` (per = 32 /
-``index_bits(m)``) from bit ``index_bits(m) * (r % per)`` on.
+The TPU's file has these two functions, the GPU's the first without ``transpose``. w
+``[k, p]`` is the dense matrix that ``values [k * n / m, p]`` and ``words`` stand for:
+row ``g * n + j`` of values belongs in row ``g * m + place`` of w, and row r has its
+place in word ``r // per`` (per = 32 / ``index_bits(m)``) from bit ``index_bits(m) * (r
+% per)`` on.
 
 ``product(x, values, words, *, n, m, transpose, config, interpret)`` -> y
     x       [rows, k], or with ``transpose=True`` [rows, p]; rows >= 1
@@ -54,8 +55,206 @@ def index_bits(m: int) -> int:
 def unit(n: int, m: int) -> tuple[int, int, int]:
     """(rows of values, rows of words, rows of w) of a unit.
 
-    The shortest piece of a column that whole words and whole groups make up.
+    The shortest piece of a column that whole words and whole groups make up, of an even
+    number of rows of w.
     """
     per = 32 // index_bits(m)
     values = math.lcm(n, per)
+    if values // n * m % 2:
+        values *= 2
     return values, values // per, values // n * m
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Tile sizes of one kernel call.
+
+    tile_m: rows of x (and y, dy) that one program instance works on.
+    units: units (see ``unit``) that a tile is high; tile_k is as many times a unit's
+        rows of w.
+    tile_p: columns of w that a tile is wide.
+    vmem: TPU: bytes that the kernel may take of VMEM.
+    stages: GPU: depth of the copy pipeline.
+    """
+
+    tile_m: int
+    units: int
+    tile_p: int
+    vmem: int = 0
+    stages: int = 2
+
+
+# --- TPU: Pallas Mosaic -------------------------------------------------------------
+
+# VMEM of one core in MiB, less what the compiler keeps for itself. Where the chip is
+# not known yet the tiles must fit the smallest.
+_TPU_VMEM = {"v4": 13, "v5e": 100, "v5p": 52, "v6e": 100, "tpu7x": 52, None: 13}
+_TPU_LANES = 128
+# Selections that expand one unit; the kernel spells them all out.
+_TPU_SELECTIONS = 2048
+# What the compiler keeps in VMEM beside the buffers asked for: spills, constants.
+_TPU_SLACK = 4 * 2**20
+
+
+def check_mosaic_tpu(problem: Problem, chip: str | None) -> None:
+    """Raises NotImplementedError where the TPU kernels do not serve the problem.
+
+    Args:
+        problem: the product asked for.
+        chip: "v4", "v5e", "v5p", "v6e", "tpu7x", another chip's name, or None where it
+            is not known yet.
+    """
+    if chip not in _TPU_VMEM:
+        served = ", ".join(name for name in _TPU_VMEM if name)
+        raise NotImplementedError(f"mosaic_tpu: chip is {chip}, needs one of {served}")
+    if problem.dtype not in ("bfloat16", "float32"):
+        raise NotImplementedError(
+            f"mosaic_tpu: dtype is {problem.dtype}, needs bfloat16 or float32"
+        )
+    served = (problem.dtype,)
+    if problem.op == "nm_sampled":
+        served = (problem.dtype, "float32")
+    if problem.out_dtype not in served:
+        raise NotImplementedError(
+            f"mosaic_tpu: out_dtype is {problem.out_dtype} for {problem.op}, needs "
+            f"{' or '.join(served)}"
+        )
+    for name in ("rows", "k", "p"):
+        if getattr(problem, name) < 1:
+            raise NotImplementedError(
+                f"mosaic_tpu: {name} is {getattr(problem, name)}, needs at least 1"
+            )
+    selections = problem.n * unit(problem.n, problem.m)[2]
+    if selections > _TPU_SELECTIONS:
+        raise NotImplementedError(
+            f"mosaic_tpu: n:m is {problem.n}:{problem.m}, which takes {selections} "
+            f"selections per unit, needs at most {_TPU_SELECTIONS}: smaller groups"
+        )
+    needed, room = config_mosaic_tpu(problem, chip).vmem, _TPU_VMEM[chip] * 2**20
+    if needed > room:
+        raise NotImplementedError(
+            f"mosaic_tpu: n:m is {problem.n}:{problem.m}, whose smallest tile needs "
+            f"{needed} bytes of VMEM, {chip or 'the smallest chip'} has {room}"
+        )
+
+
+def config_mosaic_tpu(problem: Problem, chip: str | None) -> Config:
+    """Picks the tiles of the TPU kernels: wide copies, within a share of VMEM.
+
+    By reasoning, not yet by measurement: at few rows the kernel waits for HBM, and
+    wants copies of some hundred KiB; at many rows each expanded tile serves up to 512
+    rows of x, which hides its making behind the matrix units.
+    """
+    room = _TPU_VMEM.get(chip, _TPU_VMEM[None]) * 2**20
+    side = unit(problem.n, problem.m)[2]
+    # Whole registers of units, and whole lanes of x's columns.
+    least = max(8, _TPU_LANES // math.gcd(side, _TPU_LANES))
+    rows = -(-problem.rows // 16) * 16
+    wide = -(-problem.p // _TPU_LANES) * _TPU_LANES
+    most = max(1, -(-problem.k // (least * side)))
+    config = Config(16, least, _TPU_LANES)
+    for tile_m in (512, 256, 128, 64, 32, 16):
+        if tile_m >= 2 * rows > 32:
+            continue
+        for tile_k, tile_p in ((1024, 512), (512, 512), (512, 256), (1, 128)):
+            units = least * min(most, max(1, tile_k // (least * side)))
+            config = Config(min(tile_m, rows), units, _divisor(wide, tile_p))
+            config = dataclasses.replace(config, vmem=vmem_mosaic_tpu(problem, config))
+            if config.vmem <= room:
+                return config
+    return config
+
+
+def _divisor(size: int, most: int) -> int:
+    """The largest multiple of 128 up to ``most`` that divides ``size``."""
+    return next(w for w in range(most, 0, -_TPU_LANES) if size % w == 0)
+
+
+def vmem_mosaic_tpu(problem: Problem, config: Config) -> int:
+    """Bytes of VMEM that a kernel asks for."""
+    side_v, side_q, side_w = unit(problem.n, problem.m)
+    item = 2 if problem.dtype == "bfloat16" else 4
+    out = 2 if problem.out_dtype == "bfloat16" else 4
+    tile_m, tile_p, tile_k = config.tile_m, config.tile_p, config.units * side_w
+    words = config.units * side_q * tile_p * 4
+    kept, dense = config.units * side_v * tile_p, tile_k * tile_p
+    if problem.op == "nm_sampled":
+        # The product is a value before it is added to the scratch.
+        total = 2 * (tile_m * (tile_k + tile_p) * item + words + kept * out)
+        return total + tile_m * tile_k * item + 4 * (2 * dense + kept) + _TPU_SLACK
+    side_in, side_out = tile_k, tile_p
+    if problem.op == "nm_transposed":
+        side_in, side_out = tile_p, tile_k
+    total = 2 * (tile_m * (side_in + side_out) * item + words + kept * item)
+    # w once in scratch and once as a value; the values of a panel as words.
+    total += 2 * dense * item + config.units * side_v * _TPU_LANES * item
+    return total + 4 * 2 * tile_m * side_out + _TPU_SLACK
+
+
+# --- GPU: Pallas Mosaic, Hopper -----------------------------------------------------
+
+# Shared memory that one program can ask for, and what its barriers may take of it.
+_HOPPER_SMEM = 232_448
+_HOPPER_BARRIERS = 2_048
+# Units that go through registers at a time: the rows that wgmma's layout needs.
+HOPPER_UNITS = 64
+# Tiles of the dense matrix in SMEM at a time.
+HOPPER_TILES = 4
+# With more rows the dense product of the expanded matrix is what takes the time.
+_HOPPER_ROWS = 256
+
+
+def check_mosaic_gpu(problem: Problem, chip: str | None) -> None:
+    """Raises NotImplementedError where the Hopper kernel does not serve the problem.
+
+    Args:
+        problem: the product asked for.
+        chip: "h100", "h200", another chip's name, or None where it is not known yet.
+    """
+    n, m = problem.n, problem.m
+    if problem.op != "nm":
+        raise NotImplementedError(
+            f"mosaic_gpu: op is {problem.op}, needs nm: the kernel has the forward "
+            "product alone"
+        )
+    if problem.dtype not in ("bfloat16", "float16"):
+        raise NotImplementedError(
+            f"mosaic_gpu: dtype is {problem.dtype}, needs bfloat16 or float16"
+        )
+    if not 1 <= problem.rows <= _HOPPER_ROWS:
+        raise NotImplementedError(
+            f"mosaic_gpu: rows is {problem.rows}, needs 1 to {_HOPPER_ROWS}: with "
+            "more, one dense product of the expanded weight costs less"
+        )
+    # Larger ones spill registers, or do not fit shared memory.
+    if n > 2 or m > 8:
+        raise NotImplementedError(
+            f"mosaic_gpu: n:m is {n}:{m}, needs n at most 2 and m at most 8"
+        )
+    side = unit(n, m)[2]
+    # TMA copies whole tiles of 8 rows and 64 columns.
+    for name, multiple in (("k", 8 * side), ("p", 64)):
+        size = getattr(problem, name)
+        if size < 1 or size % multiple:
+            raise NotImplementedError(
+                f"mosaic_gpu: {name} is {size}, needs a multiple of {multiple} for "
+                f"{n}:{m}"
+            )
+    if chip not in (None, "h100", "h200"):
+        raise NotImplementedError(
+            f"mosaic_gpu: chip is {chip}, needs a Hopper GPU (h100, h200)"
+        )
+
+
+def config_mosaic_gpu(problem: Problem, chip: str | None) -> Config:
+    """Picks the tiles of the Hopper kernel.
+
+    By reasoning, not yet by measurement: the smallest tile that wgmma and the widest
+    swizzle take, so that a narrow matrix gives every multiprocessor a column tile.
+    """
+    del chip
+    n, m = problem.n, problem.m
+    tile = HOPPER_UNITS * 64 * 2
+    fixed = min(m, HOPPER_TILES) * tile + 2 * HOPPER_UNITS * 64 * 4 + _HOPPER_BARRIERS
+    stages = min(4, (_HOPPER_SMEM - fixed) // ((n + m) * tile))
+    return Config(tile_m=64, units=HOPPER_UNITS, tile_p=64, stages=stages)

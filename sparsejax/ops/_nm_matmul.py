@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Float, Shaped
 
+from pallas_kernels.nm_matmul import _spec
 from pallas_kernels.nm_matmul._spec import Problem
 from sparsejax import _dispatch
 from sparsejax._dispatch import Choice, Implementation
@@ -54,8 +55,9 @@ def nm_matmul(
         promoted dtype. Sums are float32 in any case, and the gradient of float32
         ``values`` comes out of those sums unrounded: keep float32 master values and
         pass ``dtype=jnp.bfloat16``.
-      implementation: "xla" or a kernel's name; None chooses and always works. A named
-        implementation never falls back.
+      implementation: "xla", "mosaic_tpu" or "mosaic_gpu"; None chooses and always
+        works. A named implementation never falls back: "mosaic_gpu" has the forward
+        product alone, so to differentiate leave the choice to None.
 
     Returns:
       y ``[..., p]``.
@@ -251,6 +253,44 @@ def _anything(problem, chip):
     """XLA takes every problem."""
 
 
+def _run_tpu(problem, chip, interpret, x, other, words):
+    from pallas_kernels.nm_matmul import mosaic_tpu
+
+    config = _spec.config_mosaic_tpu(problem, chip)
+    how = dict(n=problem.n, m=problem.m, config=config, interpret=interpret)
+    if problem.op == "nm_sampled":
+        out = jnp.dtype(problem.out_dtype)
+        return mosaic_tpu.sampled(x, other, words, dtype=out, **how)
+    transpose = problem.op == "nm_transposed"
+    return mosaic_tpu.product(x, other, words, transpose=transpose, **how)
+
+
+def _run_gpu(problem, chip, interpret, x, values, words):
+    from pallas_kernels.nm_matmul import mosaic_gpu
+
+    config = _spec.config_mosaic_gpu(problem, chip)
+    how = dict(n=problem.n, m=problem.m, config=config, interpret=interpret)
+    return mosaic_gpu.product(x, values, words, **how)
+
+
+def _note_kernel(problem):
+    if problem.op == "nm_sampled":
+        return "the dense product on chip, of which the kept entries are written"
+    return "expanded on chip; faster than dense where reading the weight takes the time"
+
+
 NM_MATMUL = {
     "xla": Implementation("xla", None, _anything, _run_xla, note=_note_xla),
+    "mosaic_tpu": Implementation(
+        "mosaic_tpu", "tpu", _spec.check_mosaic_tpu, _run_tpu, note=_note_kernel
+    ),
+    # Hopper only: not offered to a GPU of which nothing is known.
+    "mosaic_gpu": Implementation(
+        "mosaic_gpu",
+        "cuda",
+        _spec.check_mosaic_gpu,
+        _run_gpu,
+        needs_chip=True,
+        note=_note_kernel,
+    ),
 }

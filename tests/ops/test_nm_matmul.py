@@ -26,15 +26,20 @@ CASES = {
     "2:4_bf16": (24, 256, 128, 2, 4, "bfloat16"),
     "2:4_f16": (8, 64, 32, 2, 4, "float16"),
     "1:8_bf16": (9, 512, 256, 1, 8, "bfloat16"),
-    "4:8": (5, 64, 130, 4, 8, "float32"),
-    "ragged": (1, 44, 7, 3, 4, "bfloat16"),
-    "1:16": (3, 96, 10, 1, 16, "float32"),
-    "3:20": (3, 60, 10, 3, 20, "bfloat16"),
-    "all": (3, 12, 10, 3, 3, "float32"),
+    "3:4_ragged": (1, 44, 7, 3, 4, "bfloat16"),
+    "1:20": (3, 60, 130, 1, 20, "float32"),
 }
 
 # The whole table of what a named implementation refuses; anything else must be served.
-REFUSED = {}
+REFUSED = {
+    ("mosaic_tpu", "2:4_f16"): "dtype is float16",
+    ("mosaic_gpu", "2:4"): "dtype is float32",
+    ("mosaic_gpu", "2:4_f16"): "k is 64, needs a multiple of 256",
+    ("mosaic_gpu", "3:4_ragged"): "n:m is 3:4",
+    ("mosaic_gpu", "1:20"): "dtype is float32",
+}
+# The Hopper kernel has the forward product alone.
+DIFFERENTIATED = [name for name in IMPLEMENTATIONS if name != "mosaic_gpu"]
 
 
 def choice(name):
@@ -87,12 +92,22 @@ def test_value_and_gradients(implementation, name):
             product(x, values, indices)
         return
 
+    low_y, low_vjp = jax.vjp(low_product, x, w)
+    if implementation not in DIFFERENTIATED:
+        assert_close(product(x, values, indices), f64(x) @ f64(w), low_y)
+        _, vjp = jax.vjp(lambda x: product(x, values, indices), x)
+        with pytest.raises(NotImplementedError, match="op is nm_transposed, needs nm"):
+            vjp(dy)
+        _, vjp = jax.vjp(lambda v: product(x, v, indices), values)
+        with pytest.raises(NotImplementedError, match="op is nm_(transposed|sampled)"):
+            vjp(dy)
+        return
+
     @jax.jit
     def run(x, values, indices, dy):
         y, vjp = jax.vjp(lambda x, v: product(x, v, indices), x, values)
         return y, *vjp(dy)
 
-    low_y, low_vjp = jax.vjp(low_product, x, w)
     low_dx, low_dw = low_vjp(dy)
     y, dx, dv = run(x, values, indices, dy)
     assert (y.dtype, dx.dtype, dv.dtype) == (x.dtype,) * 3
@@ -115,11 +130,9 @@ def second_order(product):
     return jax.grad(of_gradients, (0, 1))
 
 
-@pytest.mark.parametrize("name", ["2:4", "2:4_bf16"])
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", ["2:4_bf16"])
+@pytest.mark.parametrize("implementation", DIFFERENTIATED)
 def test_gradient_of_gradient(implementation, name):
-    if (implementation, name) in REFUSED:
-        return  # test_value_and_gradients asserts the refusal
     group, x, _, values, indices, _ = case(name)
     x, values = x / 4, values / 4
     impl = choice(implementation)
@@ -159,12 +172,12 @@ def test_transformations(implementation):
         jax.vmap(product, in_axes=(None, 0, None))(x, vs, indices),
         separately([x] * 2, vs, [indices] * 2),
     )
-    # Mosaic GPU's interpreter works by ordered callbacks, which checkpoint refuses.
-    remat = (lambda fn: fn) if implementation == "mosaic_gpu" else jax.checkpoint
+    if implementation not in DIFFERENTIATED:
+        return
     loss = lambda x, v, i: jnp.sum(jnp.square(product(x, v, i).astype(jnp.float32)))
 
     def scanned(vs):
-        body = remat(lambda c, vi: (c + loss(x, *vi), None))
+        body = jax.checkpoint(lambda c, vi: (c + loss(x, *vi), None))
         return jax.lax.scan(body, jnp.zeros((), jnp.float32), (vs, every))[0]
 
     want = [jax.grad(loss, 1)(x, v, i) for v, i in zip(vs, every, strict=True)]
@@ -207,7 +220,7 @@ def test_equals_masked_matmul():
 
 
 def test_reference():
-    group, x, w, values, indices, _ = case("3:20")
+    group, x, w, values, indices, _ = case("1:20")
     y = nm_matmul_reference(x, values, indices, **group)
     assert_close(y, f64(x) @ f64(w), low_product(x, w))
     product = lambda x: nm_matmul_reference(x, values, indices, **group)
