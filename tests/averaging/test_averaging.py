@@ -7,8 +7,8 @@ import optax
 import pytest
 from flax import nnx
 
-from sparsejax import averaging, transforms
-from sparsejax.masks import apply_masks, topk_mask
+from sparsejax import averaging, pruning, transforms
+from sparsejax.masks import apply_masks
 
 
 def tree(kernel, bias=(0.5,), dtype=jnp.float32):
@@ -235,22 +235,21 @@ def test_swamp_is_the_mean_over_particles_of_means_over_steps():
 
 
 def test_swamp_in_rounds_of_iterative_magnitude_pruning():
-    # The smallest are pruned, half of what is left in each round; 6, 4, 2 are large
-    # against the noise, and the mask of each round is that of the average.
+    # Half of what is left goes in each round, by the magnitudes of the average: 6, 4
+    # and 2 are far apart against the noise. Every round starts from the ticket.
     round_of = averaging.swamp(
         lambda *args: drift(*args)[0], particles=4, key=jax.random.key(1)
     )
     ticket = {"w": jnp.array([6.0, -4.0, 1.0, 2.0])}
-    masks, kept = {"w": jnp.ones(4, bool)}, []
-    for count in (4, 2, 1):
-        masks = {"w": topk_mask(jnp.abs(ticket["w"]), count, where=masks["w"])}
-        params = round_of(apply_masks(ticket, masks), masks, 0)
-        kept.append((params["w"] != 0).tolist())
-    assert kept == [
+    found = pruning.iterative_magnitude(
+        round_of, ticket, rounds=2, fraction=0.5, leaf_filter="w"
+    )
+    assert [(params["w"] != 0).tolist() for params in found.params] == [
         [True, True, True, True],
         [True, True, False, False],
         [True, False, False, False],
     ]
+    np.testing.assert_allclose(found.params[2]["w"], [6, 0, 0, 0], atol=1)
 
 
 def test_soup_of_models_trained_by_sparsify():
