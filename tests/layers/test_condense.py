@@ -128,6 +128,17 @@ def test_form_product_and_gradient(name):
         assert floats[0].size <= mask.any(0).sum() * mask.any(1).sum()
 
 
+def test_one_group_or_a_rest_is_a_fan_in():
+    form = lambda mask: condense({"w": jnp.ones(mask.shape)}, {"w": mask})[1]
+    one = np.array([[1, 0, 1], [1, 1, 0], [0, 1, 0], [0, 0, 1]], bool)  # 2 of 4
+    assert form(one).leaves["w"].form == "constant fan-in 2"
+    rest = np.zeros((10, 3), bool)
+    rest[[[0], [4]], [0, 1, 2]] = True  # 1 of 4, twice, and two rows more
+    rest[0, 0], rest[1, 0] = False, True
+    assert form(rest).leaves["w"].form == "constant fan-in 2"
+    assert form(rest[:8]).leaves["w"].form == "N:M 1:4"
+
+
 def test_options():
     w = jnp.ones((K, N))
     # A block of 16 is four of 8; whichever side is asked for.
