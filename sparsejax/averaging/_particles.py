@@ -49,7 +49,7 @@ def update_average(
       average: What `init_average` or the last call returned.
       params: The weights after the step.
       step: Count of finished steps, an int or a traced int32 scalar.
-      begin: First step that counts. SWAMP averages the last quarter of a round.
+      begin: First step that counts: SWAMP averages over the last part of a round.
       every: Steps between two that count.
 
     Returns:
@@ -160,7 +160,7 @@ def swamp(
         round_of = swamp(train, particles=4, key=key)
         found = pruning.iterative_magnitude(round_of, matching_ticket, rounds=10)
 
-    where `train` keeps a running average over the last quarter of its steps with
+    where `train` keeps a running average over the last part of its steps with
     `update_average` and returns `averaged_params`, and the matching ticket is one
     model trained for the first few epochs. Costs N trainings in each round. Every
     round sees the same keys.
