@@ -18,8 +18,9 @@ def top_of_columns(scores: Any, count: Any, where: Any) -> Any:
     """Marks in every column the `count` largest candidates; ties go to the first rows.
 
     Args:
-      scores: Nonnegative, [..., k, n]; NaN ranks lowest.
-      count: int32 scalar; more than there are candidates marks all of them.
+      scores: [..., k, n], ordered by absolute value; NaN ranks lowest.
+      count: int32, a scalar or one per column, [..., 1, n]; more than there are
+        candidates marks all of them.
       where: Candidates, shaped like `scores`.
 
     Returns:
@@ -29,7 +30,7 @@ def top_of_columns(scores: Any, count: Any, where: Any) -> Any:
     k = scores.shape[-2]
 
     def keys(scores, where):
-        keys = _search.ordered_keys(scores)
+        keys = _search.ordered_keys(jnp.abs(scores))
         return jnp.where(where, keys, jnp.zeros((), keys.dtype))
 
     def order(scores, where, low, rows):

@@ -186,7 +186,4 @@ def _move(budget: int, gamma: float, fraction: Any, w: Any, g: Any, mask: Any) -
 
 def _top_per_neuron(x: Any, counts: Any, where: Any) -> Any:
     """Marks the `counts[j]` largest |x| of column j among candidates."""
-    top = lambda x, count, where: masks_lib.topk_mask(
-        x, count, where=where, by_magnitude=True
-    )
-    return jax.vmap(top, in_axes=(1, 0, 1), out_axes=1)(x, counts, where)
+    return structures.top_of_columns(x, counts[None], where)
