@@ -268,7 +268,7 @@ def test_lowers_anywhere(platform):
 
 def test_no_array_of_weight_shape():
     """At 90% and one row no pass holds the dense matrix."""
-    shapes = jnp.ones((1, 1000)), jnp.ones((2000, 100)), jnp.ones((2000, 100), int)
+    shapes = jnp.ones((1, 1000)), jnp.ones((2000, 100)), jnp.ones((2000, 100), "i4")
     args = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in shapes]
     step = jax.grad(lambda x, v, i: jnp.sum(fan_in_matmul(x, v, i) ** 2), (0, 1))
     jaxpr = str(jax.make_jaxpr(step)(*args))
@@ -280,7 +280,11 @@ def test_static_rule_and_explain():
     """Loops where the weight is hardly read; dense at many rows and high density."""
 
     def text(rows, k, n, fan_in):
-        arrays = ((rows, k), "float32"), ((n, fan_in), "float32"), ((n, fan_in), "int")
+        arrays = (
+            ((rows, k), "float32"),
+            ((n, fan_in), "float32"),
+            ((n, fan_in), "int32"),
+        )
         args = [jax.ShapeDtypeStruct(s, jnp.dtype(t)) for s, t in arrays]
         return sj.explain(fan_in_matmul, *args)
 
