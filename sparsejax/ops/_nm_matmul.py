@@ -246,7 +246,14 @@ def _run_xla(problem, chip, interpret, x, other, words):
 def _note_xla(problem):
     if problem.op == "nm_sampled":
         return "the dense product, of which the kept entries are taken"
-    return "expand and multiply, slower than dense: one more pass over the weight"
+    how = "expand"
+    if problem.op == "nm":
+        how = _nm_matmul_xla.form(problem.rows, problem.k, problem.n, problem.m)
+    if how == "select":
+        return "on a CPU the entries of x are selected, about as fast as dense"
+    if how == "planes":
+        return "on a CPU expanded piece by piece; dense would be faster"
+    return "expand and multiply; dense would be faster, by that pass over the weight"
 
 
 def _anything(problem, chip):

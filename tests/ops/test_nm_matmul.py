@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 import sparsejax as sj
 from sparsejax.layouts import condense_nm
 from sparsejax.masks import nm_mask
-from sparsejax.ops import masked_matmul, nm_matmul, nm_matmul_reference
+from sparsejax.ops import _nm_matmul_xla, masked_matmul, nm_matmul, nm_matmul_reference
 from sparsejax.ops._nm_matmul import NM_MATMUL
 from sparsejax.testing import assert_close, interpreted
 
@@ -238,6 +238,32 @@ def test_master_values_get_their_gradient_unrounded():
     assert np.abs(f64(dv) - exact).max() < 1e-5 * np.abs(exact).max()
 
 
+@pytest.mark.parametrize(
+    ("rows", "k", "n", "m", "form"),
+    [
+        (4, 64, 2, 4, "select"),
+        (3, 96, 2, 3, "select"),  # a number of entries that does not halve
+        (2, 96, 6, 8, "select"),  # groups that go over the end of a word
+        (5, 512, 2, 4, "planes"),
+        (5, 512, 6, 8, "planes"),
+        (5, 544, 2, 4, "planes"),
+        (5, 256, 2, 4, "expand"),  # eight units only
+        (257, 512, 2, 4, "expand"),
+        (1, 68, 2, 4, "expand"),  # words that are not full
+    ],
+)
+def test_forms_of_the_xla_product(rows, k, n, m, form):
+    assert _nm_matmul_xla.form(rows, k, n, m) == form
+    rng = np.random.default_rng(rows)
+    draw = lambda *s: jnp.asarray(rng.standard_normal(s), jnp.bfloat16)
+    x, w = draw(rows, k), draw(k, 5)
+    mask = nm_mask(jnp.abs(w), n, m)
+    values, indices = condense_nm(w, mask, n=n, m=m)
+    y = nm_matmul(x, values, indices, n=n, m=m, implementation="xla")
+    w = jnp.where(mask, w, jnp.zeros((), w.dtype))
+    assert_close(y, f64(x) @ f64(w), low_product(x, w))
+
+
 # --- Over devices ---------------------------------------------------------------------
 
 
@@ -356,7 +382,9 @@ def test_explain():
     loss = lambda x, v: jnp.sum(nm_matmul(x, v, indices, **group))
     text = sj.explain(jax.grad(loss, (0, 1)), x, values)
     assert "nm: 20 rows, 64x24 matrix condensed 2:4 (50.0% of the entries)" in text
-    assert "xla: expand and multiply, slower than dense" in text
+    assert "xla: expand and multiply; dense would be faster" in text
+    one = sj.explain(nm_matmul, x[:1], values, indices, **group)
+    assert "xla: on a CPU the entries of x are selected" in one
     ops = {line.split(":")[0] for line in text.splitlines() if line[0] != " "}
     assert ops == {"nm", "nm_transposed", "nm_sampled"}
 
