@@ -147,6 +147,7 @@ def fisher_mask(
       Sung et al., `Training Neural Networks with Fixed Sparse Masks
       <https://arxiv.org/abs/2111.09839>`_, 2021.
     """
+    masks_lib.check_density(sparsity, "sparsity")
     scores = fisher_scores(
         loss,
         params,

@@ -185,6 +185,7 @@ def snip(
       Lee et al., `SNIP: Single-shot Network Pruning based on Connection Sensitivity
       <https://arxiv.org/abs/1810.02340>`_, 2019.
     """
+    masks_lib.check_density(sparsity, "sparsity")
     scores = snip_scores(loss, params, batch, leaf_filter=leaf_filter)
     return keep_largest(scores, sparsity=sparsity, distribution=distribution)
 
@@ -280,5 +281,6 @@ def grasp(
       Wang et al., `Picking Winning Tickets Before Training by Preserving Gradient
       Flow <https://arxiv.org/abs/2002.07376>`_, 2020.
     """
+    masks_lib.check_density(sparsity, "sparsity")
     scores = grasp_scores(loss, params, batch, leaf_filter=leaf_filter)
     return keep_largest(scores, sparsity=sparsity, distribution=distribution)

@@ -110,6 +110,24 @@ def test_a_pruned_weight_does_not_come_back_if_training_moves_it():
     assert out.masks[2]["w"].tolist() == [[False, False, True, True]]
 
 
+def test_a_kept_weight_that_is_zero_outranks_a_pruned_one():
+    # Training leaves 4 alone: of the kept zeros the first stays, not the pruned one.
+    zeroing = lambda params, masks, start_step: {
+        "w": jnp.array([[1.0, 2.0, 3.0, 4.0]])
+        if start_step == 0
+        else jnp.array([[0.0, 0.0, 0.0, 4.0]])
+    }
+    out = pruning.iterative_magnitude(
+        zeroing,
+        {"w": jnp.array([[1.0, 2.0, 3.0, 4.0]])},
+        rounds=2,
+        fraction=0.25,
+        rewind="learning_rate",
+        rewind_step=1,
+    )
+    assert out.masks[2]["w"].tolist() == [[False, True, False, True]]
+
+
 @pytest.mark.parametrize("rewind", ["weights", "learning_rate"])
 def test_resumed_it_takes_the_same_rounds(rewind):
     run = functools.partial(
