@@ -113,6 +113,11 @@ def test_nan_is_last_and_infinities_hold():
     np.testing.assert_allclose(mask[4], 1 / (1 + np.exp(-0.5)), rtol=1e-6)
     grad = jax.grad(lambda s: soft(s, 2, 0.5)[4])(scores)
     assert jnp.isfinite(grad).all() and grad[0] == 0 and grad[4] > 0
+    equal = jnp.array([jnp.inf, 1.0, jnp.inf])
+    np.testing.assert_allclose(soft(equal, 1, 0.5), [0.5, 0, 0.5], rtol=1e-6)
+    # A temperature of 0 makes none, not even on the way.
+    with jax.debug_nans(True):
+        np.testing.assert_array_equal(soft_topk(jnp.ones(3), 1, 0.0), [1, 0, 0])
 
 
 def test_bfloat16_is_worked_out_in_float32(key):
