@@ -122,7 +122,7 @@ def fisher_mask(
       params: Tree of arrays, as pretrained.
       batch: Tree of arrays with a leading axis of N examples; the paper's N is 1024.
       sparsity: Fraction of the chosen leaves' weights that is frozen, in [0, 1]; the
-        paper's best on GLUE is 0.995.
+        paper's on GLUE is 0.995.
       sample: `(key, params, batch) -> batch` with labels drawn from the model, as in
         `fisher_scores`. None: the given labels, as the paper found sufficient.
       key: PRNG key for `sample`.

@@ -211,8 +211,7 @@ def grasp_scores(
       loss: `(params, batch) -> scalar`, twice differentiable, in forward mode over
         reverse.
       params: Tree of arrays.
-      batch: What `loss` takes. The paper: 10 examples of each class (25 in the
-        code).
+      batch: What `loss` takes; 25 examples of each class in the paper's code.
       leaf_filter: Which leaves, as in `transforms.sparsify`.
 
     Returns:
