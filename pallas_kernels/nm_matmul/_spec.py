@@ -74,6 +74,8 @@ class Config:
         rows of w.
     tile_p: columns of w that a tile is wide.
     vmem: TPU: bytes that the kernel may take of VMEM.
+    permute: TPU: x's columns are brought into the order in which tiles are expanded,
+        or for the transposed product back from it.
     stages: GPU: depth of the copy pipeline.
     """
 
@@ -81,6 +83,7 @@ class Config:
     units: int
     tile_p: int
     vmem: int = 0
+    permute: bool = False
     stages: int = 2
 
 
@@ -92,6 +95,8 @@ _TPU_VMEM = {"v4": 13, "v5e": 100, "v5p": 52, "v6e": 100, "tpu7x": 52, None: 13}
 _TPU_LANES = 128
 # Selections that expand one unit; the kernel spells them all out.
 _TPU_SELECTIONS = 2048
+# Rows of x up to which changing the order of its columns costs little.
+_TPU_PERMUTED = 256
 # What the compiler keeps in VMEM beside the buffers asked for: spills, constants.
 _TPU_SLACK = 4 * 2**20
 
@@ -158,7 +163,10 @@ def config_mosaic_tpu(problem: Problem, chip: str | None) -> Config:
             continue
         for tile_k, tile_p in ((1024, 512), (512, 512), (512, 256), (1, 128)):
             units = least * min(most, max(1, tile_k // (least * side)))
-            config = Config(min(tile_m, rows), units, _divisor(wide, tile_p))
+            permute = problem.op != "nm_sampled" and rows <= _TPU_PERMUTED
+            config = Config(
+                min(tile_m, rows), units, _divisor(wide, tile_p), permute=permute
+            )
             config = dataclasses.replace(config, vmem=vmem_mosaic_tpu(problem, config))
             if config.vmem <= room:
                 return config

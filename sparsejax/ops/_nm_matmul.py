@@ -41,8 +41,9 @@ def nm_matmul(
     ``y[..., c] = sum_r x[..., row(r, c)] values[r, c]``, where ``row(g * n + j, c)`` is
     the row of the j-th kept entry of group g in column c: n entries are kept of every m
     consecutive ones along the contraction axis. Holds and reads n / m of the weight and
-    2, 4 or 8 bits per place; the multiply-adds are those of the dense product. It pays
-    where reading the weight is what takes the time: at few rows of x.
+    2, 4 or 8 bits per place; the multiply-adds are those of the dense product. It saves
+    memory; it saves time where reading the weight is what takes the time: at few rows
+    of x, on a chip that has a kernel, and where little is kept (``explain`` says).
 
     Args:
       x: Activations ``[..., k]``; float32, bfloat16, float16 (float64 on CPU).
@@ -283,7 +284,9 @@ def _run_gpu(problem, chip, interpret, x, values, words):
 def _note_kernel(problem):
     if problem.op == "nm_sampled":
         return "the dense product on chip, of which the kept entries are written"
-    return "expanded on chip; faster than dense where reading the weight takes the time"
+    if problem.rows <= 256 and 4 * problem.n <= problem.m:
+        return "expanded on chip; by the compiler's schedule faster than dense"
+    return "expanded on chip; holds no dense weight, dense would be as fast or faster"
 
 
 NM_MATMUL = {
