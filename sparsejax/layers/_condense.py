@@ -5,22 +5,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from sparsejax._dispatch import current_platform
-from sparsejax.layers._condensed import (
-    CondensedBlocks,
-    CondensedFanIn,
-    CondensedMasked,
-    CondensedNM,
-    CondensedRegion,
-)
-from sparsejax.layers._convert import _layout_of
-from sparsejax.layouts import condense_fan_in, condense_nm, gather_blocks
-from sparsejax.masks import named_leaves, path_name
-from sparsejax.ops._block_sparse_xla import prefers_dense
-from sparsejax.ops._fan_in_matmul_xla import costs
+from sparsejax.layers._condensed_choice import choose_form, dense_is_faster
+from sparsejax.masks import match_names, named_leaves, path_name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +72,7 @@ def condense(
     masks: Any,
     *,
     rows: int = 1,
+    stacked: Sequence[str] = (),
     block_sides: Sequence[int] = (128, 64, 32, 16, 8),
     groups: Sequence[int] = (4, 8, 16, 32),
 ) -> tuple[Any, CondenseReport]:
@@ -104,9 +93,11 @@ def condense(
       params: Tree of arrays.
       masks: Tree of boolean arrays with the paths and shapes of leaves of ``params``,
         as from ``transforms.get_masks``; leaves without a mask are None, empty or
-        absent. Weights are ``[k, n]``; of another rank they stay masked dense: take a
-        stack of layers apart first.
+        absent. Weights are ``[k, n]``; of another rank they stay masked dense, unless
+        declared as a stack.
       rows: Rows of x at which the report compares with dense.
+      stacked: Glob patterns of names whose leading axes are layers, as under scan:
+        they get the first of 2 to 5 that all layers have, arrays stacked alike.
       block_sides: Sides of blocks to look for.
       groups: Sizes m to look for; with none, N:M masks become constant fan-in, which is
         faster on a CPU.
@@ -143,6 +134,7 @@ def condense(
                 f"masks: got shape {mask.shape} at {name!r}, needed "
                 f"{leaves[name].shape} of its parameter"
             )
+    stacks = match_names(stacked, found, "stacked")
     choices: dict[str, CondensedChoice] = {}
 
     def one(path, leaf):
@@ -150,9 +142,9 @@ def condense(
         if name not in found:
             return leaf
         mask = found[name]
-        stored, form, why = _stored(leaf, mask, block_sides, groups)
+        stored, form, why = choose_form(leaf, mask, name in stacks, block_sides, groups)
         density = float(mask.mean()) if mask.size else 1.0
-        faster = _dense_is_faster(stored, rows)
+        faster = dense_is_faster(stored, rows)
         choices[name] = CondensedChoice(mask.shape, density, form, why, faster)
         return stored
 
@@ -167,101 +159,3 @@ def _checked(name, mask):
         got = getattr(mask, "dtype", type(mask).__name__)
         raise ValueError(f"masks: got {got} at {name!r}, needed bool")
     return np.asarray(mask)
-
-
-def _stored(w, mask, block_sides, groups):
-    """(the weight in its form, the form in words, why)."""
-    if mask.all():
-        return w, "dense", "nothing is pruned"
-    if mask.ndim != 2:
-        why = f"{mask.ndim} axes, not a weight [k, n]"
-        return CondensedMasked(w, jnp.asarray(mask)), "masked dense", why
-    rows, cols = mask.any(axis=1), mask.any(axis=0)
-    whole = f"{rows.sum()} of {rows.size} rows and {cols.sum()} of {cols.size} columns"
-    if mask[np.ix_(rows, cols)].all():
-        stored = _region(w, rows, cols, lambda part: part)
-        return stored, "smaller dense", f"{whole} are kept whole"
-    for side in block_sides:
-        if _is_blocks(mask, side):
-            layout = _layout_of("w", mask, (side, side))
-            blocks = gather_blocks(w, layout)
-            why = f"{layout.capacity} whole blocks are kept"
-            return CondensedBlocks(blocks, layout), f"blocks {side}x{side}", why
-    live = mask[:, cols]
-    ablated = int((~cols).sum())
-    also = f", {ablated} ablated columns taken out" if ablated else ""
-    for m in groups:
-        n = _group_count(live, m)
-        if n:
-            inner = lambda part, n=n, m=m: CondensedNM(
-                *condense_nm(part, live, n=n, m=m), n, m
-            )
-            why = f"{n} of every {m} rows are kept{also}"
-            return _region(w, None, cols, inner), f"N:M {n}:{m}", why
-    counts = live.sum(axis=0)
-    if (counts == counts[0]).all():
-        inner = lambda part: CondensedFanIn(*condense_fan_in(part, live), mask.shape[0])
-        why = f"every column keeps {counts[0]} of {mask.shape[0]}{also}"
-        return _region(w, None, cols, inner), f"constant fan-in {counts[0]}", why
-    part = jnp.asarray(mask[np.ix_(rows, cols)])
-    stored = _region(w, rows, cols, lambda w: CondensedMasked(w, part))
-    why = f"no blocks, no N:M, columns keep {counts.min()} to {counts.max()}"
-    empty = f"; {whole} keep any" if not (rows.all() and cols.all()) else ""
-    return stored, "masked dense", why + empty
-
-
-def _region(w, rows, cols, inner):
-    """``inner`` of the kept rows and columns; a region only if some are left out."""
-    places = lambda kept: (
-        None
-        if kept is None or kept.all()
-        else jnp.asarray(np.flatnonzero(kept), jnp.int32)
-    )
-    shape, rows, cols = w.shape, places(rows), places(cols)
-    w = w if rows is None else w[rows]
-    w = w if cols is None else w[:, cols]
-    if rows is None and cols is None:
-        return inner(w)
-    return CondensedRegion(inner(w), rows, cols, shape)
-
-
-def _is_blocks(mask, side):
-    """Whether every block of that side is kept whole or not at all."""
-    starts = [np.arange(0, size, side) for size in mask.shape]
-    sums = np.add.reduceat(mask.astype(np.int64), starts[0], axis=0)
-    sums = np.add.reduceat(sums, starts[1], axis=1)
-    heights, widths = (
-        np.minimum(side, size - start)
-        for size, start in zip(mask.shape, starts, strict=True)
-    )
-    return bool(((sums == 0) | (sums == np.outer(heights, widths))).all())
-
-
-def _group_count(mask, m):
-    """How many of every m rows are kept, if that is the same everywhere; else 0."""
-    if mask.shape[0] % m or mask.shape[0] == m:  # one group: a fan-in
-        return 0
-    counts = mask.reshape(-1, m, mask.shape[1]).sum(axis=1)
-    return int(counts.flat[0]) if (counts == counts.flat[0]).all() else 0
-
-
-def _dense_is_faster(stored, rows):
-    """Whether a dense product would be faster; None where no static rule tells."""
-    on_cpu = current_platform() == "cpu"
-    match stored:
-        case CondensedRegion(inner, _, _, _):
-            return _dense_is_faster(inner, rows)
-        case CondensedMasked():
-            return True  # the same product, and a mask to read
-        case CondensedFanIn(values, _, k):
-            *forms, dense = costs("product", rows, k, *values.shape)
-            return not on_cpu or dense < min(forms)
-        case CondensedBlocks(blocks, layout):
-            if not on_cpu:
-                return None
-            shape, block_shape = layout.shape, layout.block_shape
-            slots = layout.capacity
-            return prefers_dense(rows, *shape, block_shape, slots, blocks.dtype)
-        case CondensedNM():
-            return True if on_cpu else None  # on a CPU it is expanded, then multiplied
-    return False

@@ -157,6 +157,23 @@ def test_options():
     assert y.dtype == jnp.bfloat16 and (y == 24).all()
 
 
+@pytest.mark.parametrize("name", ["blocks16", "2:4", "fan_in", "uneven"])
+def test_a_stack_of_layers_under_scan(name):
+    mask, form, kind, _ = CASES[name]
+    # Other places in the second layer; of blocks, fewer.
+    masks = np.stack([mask, mask[:, ::-1]])
+    masks[1, :, 16:] &= name != "blocks16"
+    w = jnp.asarray(RNG.standard_normal((2, K, N)), jnp.float32)
+    params, report = condense({"a": {"w": w}}, {"a": {"w": masks}}, stacked=["a/*"])
+    leaf = params["a"]["w"]
+    assert isinstance(leaf, kind) and report.leaves["a/w"].form == form
+    kept = np.where(masks, w, 0)
+    np.testing.assert_array_equal(jax.vmap(expand_condensed)(leaf), kept)
+    x = jnp.asarray(RNG.standard_normal((5, K)), jnp.float32)
+    _, y = jax.lax.scan(lambda x, leaf: (x, apply_condensed(x, leaf)), x, leaf)
+    assert_close(y, np.float64(x) @ np.float64(kept), x @ kept)
+
+
 def test_other_ranks_stay_masked_dense():
     w = jnp.asarray(RNG.standard_normal((3, 3, 8, 8)), jnp.float32)
     mask = RNG.random(w.shape) < 0.5
@@ -237,6 +254,8 @@ def test_errors_name_the_leaf():
         condense(params, wrong(jnp.ones((4, 3))))
     with pytest.raises(ValueError, match="got a traced mask at 'up/kernel'"):
         jax.jit(lambda mask: condense(params, wrong(mask)))(np.ones((4, 3), bool))
+    with pytest.raises(ValueError, match="stacked: every pattern must match a leaf"):
+        condense(params, wrong(np.ones((4, 3), bool)), stacked=["layers/*"])
     tree, _ = condense(
         {"w": jnp.ones((K, N))}, {"w": without(np.ones((K, N), bool), (1,))}
     )
