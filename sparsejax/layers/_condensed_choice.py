@@ -77,15 +77,17 @@ def _choose_of_stack(w, mask, block_sides, groups):
     for m in groups:
         n = _group_count(mask, m)
         if n:
-            condensed = stack(lambda w, mask, n=n, m=m: condense_nm(w, mask, n=n, m=m))
+            values, indices = stack(
+                lambda w, mask, n=n, m=m: condense_nm(w, mask, n=n, m=m)
+            )
             why = f"{n} of every {m} rows are kept in every layer"
-            return CondensedNM(*condensed, n, m), f"N:M {n}:{m}", why
+            return CondensedNM(values, indices, n, m), f"N:M {n}:{m}", why
     counts = mask.sum(axis=-2)
     fan_in = int(counts.max())
     if counts.min() == fan_in:
-        condensed = stack(lambda w, mask: condense_fan_in(w, mask, fan_in=fan_in))
+        values, indices = stack(lambda w, mask: condense_fan_in(w, mask, fan_in=fan_in))
         why = f"every column keeps {fan_in} of {k} in every layer"
-        return CondensedFanIn(*condensed, k), f"constant fan-in {fan_in}", why
+        return CondensedFanIn(values, indices, k), f"constant fan-in {fan_in}", why
     why = f"no form that all layers have, columns keep {counts.min()} to {fan_in}"
     return CondensedMasked(w, jnp.asarray(mask)), "masked dense", why
 

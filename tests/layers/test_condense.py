@@ -174,6 +174,20 @@ def test_a_stack_of_layers_under_scan(name):
     assert_close(y, np.float64(x) @ np.float64(kept), x @ kept)
 
 
+def test_a_stray_entry_is_no_block():
+    blocks = CASES["blocks16"][0]
+    stray = blocks.copy()
+    stray[40, 20] = True
+    form = lambda mask, **kwargs: (
+        condense({"w": jnp.ones(mask.shape)}, {"w": mask}, **kwargs)[1].leaves["w"].form
+    )
+    assert form(stray) == "masked dense"
+    # Nor is a stack of blocks in which one layer has it.
+    stack = np.stack([blocks, stray])
+    assert form(stack, stacked=["w"]) == "masked dense"
+    assert form(stack[:1], stacked=["w"]) == "blocks 16x16"
+
+
 def test_other_ranks_stay_masked_dense():
     w = jnp.asarray(RNG.standard_normal((3, 3, 8, 8)), jnp.float32)
     mask = RNG.random(w.shape) < 0.5
