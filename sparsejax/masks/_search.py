@@ -212,7 +212,7 @@ def count_true(mask: Bool[Array, "..."]) -> Int[Array, ""]:
     return lax.platform_dependent(mask, cpu=on_cpu, default=total)
 
 
-def count_two(keys: Any, lower: Any, upper: Any) -> tuple[Any, Any]:
+def count_two(keys: Any, lower: Any, upper: Any) -> Any:
     """`(#(keys >= lower), #(keys >= upper))` in one pass, as int32 scalars."""
 
     def on_cpu(keys, lower, upper):
@@ -220,12 +220,13 @@ def count_two(keys: Any, lower: Any, upper: Any) -> tuple[Any, Any]:
         byte = lambda mask: mask.astype(jnp.uint8)
         both = byte(keys >= lower) + 16 * byte(keys >= upper)
         both = jnp.sum(both.reshape(8, -1), axis=0, dtype=jnp.uint8)
-        parts = (both & 15, both >> 4)
-        rows = (jnp.sum(p.reshape(16, -1), axis=0, dtype=jnp.uint8) for p in parts)
-        return tuple(jnp.sum(row, dtype=jnp.int32) for row in rows)
+        parts = both & 15, both >> 4
+        rows = [jnp.sum(p.reshape(16, -1), axis=0, dtype=jnp.uint8) for p in parts]
+        return jnp.sum(rows[0], dtype=jnp.int32), jnp.sum(rows[1], dtype=jnp.int32)
 
     def total(keys, lower, upper):
-        return tuple(jnp.sum(keys >= t, dtype=jnp.int32) for t in (lower, upper))
+        count = lambda t: jnp.sum(keys >= t, dtype=jnp.int32)
+        return count(lower), count(upper)
 
     if keys.size % 128 or any(jax.typeof(keys).sharding.spec):
         return total(keys, lower, upper)
