@@ -1,8 +1,10 @@
 """sparsejax: sparse models in JAX, from masks to kernels.
 
-``layouts`` and ``masks`` say what is kept, ``ops`` multiplies, ``schedules`` and
-``transforms`` (optax) and ``topology`` change it during training, ``layers`` with
-``nnx`` and ``linen`` (Flax) are the modules, ``checkpoint`` (orbax) saves a run.
+``layouts`` and ``masks`` say what is kept, ``ops`` multiplies; ``pruning`` chooses once,
+``schedules``, ``transforms`` (optax) and ``topology`` during training, where
+``straight_through`` changes what the forward pass sees; ``averaging`` joins sparse
+models; ``layers`` with ``nnx`` and ``linen`` (Flax) are the modules, ``checkpoint``
+(orbax) saves a run.
 """
 
 import importlib
