@@ -6,7 +6,11 @@ import os
 # machine code that is built quickly, since every test compiles and hardly runs. Not for
 # tests/compile, whose subject is what the chips' compilers make, nor on a GPU.
 _FLAGS = ["--xla_force_host_platform_device_count=8"]
-if not os.environ.get("SPARSEJAX_COMPILE") and not os.path.exists("/dev/nvidiactl"):
+# Implementations that this machine's chip runs: tests have them compiled, where they
+# would have them interpreted. benchmarks/device.py sets it.
+_COMPILED = os.environ.get("SPARSEJAX_COMPILED", "").split()
+_ON_GPU = _COMPILED or os.path.exists("/dev/nvidiactl")
+if not os.environ.get("SPARSEJAX_COMPILE") and not _ON_GPU:
     _FLAGS.append("--xla_backend_optimization_level=0")
 for _flag in _FLAGS:
     if _flag not in os.environ.get("XLA_FLAGS", ""):
@@ -16,6 +20,14 @@ import jax
 import pytest
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+if _COMPILED:  # not otherwise: the package must not be loaded before its types are
+    import sparsejax.testing
+
+    _interpreted = sparsejax.testing.interpreted
+    sparsejax.testing.interpreted = lambda name: (
+        name if name in _COMPILED else _interpreted(name)
+    )
 
 
 @pytest.fixture
