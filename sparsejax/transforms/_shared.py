@@ -151,12 +151,22 @@ def moved_counts(
     fractions: list[float],
     steps: range,
 ) -> dict[str, Any]:
-    """`round(fraction * count)` per leaf, no more than has room; worked out exactly."""
+    """`round(fraction * count)` per leaf, no more than has room; worked out exactly.
+
+    Raises:
+      ValueError: Of an N:M that moves nothing ever, since fractions of n round to 0.
+    """
     moved = {}
     for name, weight in now.params.items():
         count = counts[name]
         room = structures.group_size(structure, tuple(weight.shape)) - count
         table = [min(masks_lib.exact_count(f, count), room) for f in fractions]
+        if isinstance(structure, structures.NM) and max(fractions) > 0 < room:
+            if not any(table):
+                raise ValueError(
+                    f"drop_fraction must move at least one of the {count} kept per "
+                    f"group of structure {structure}, got at most {max(fractions):g}"
+                )
         moved[name] = look_up(table, now, steps)
     return moved
 

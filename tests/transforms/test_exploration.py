@@ -31,6 +31,7 @@ def update(now, **changes):
         (1.0, 24, 3),  # ln 24 = 3.178: 3.28; 2.69; 2.59
         (0.0, 8, 4),  # rigl
         (9.0, 0, 4),  # ln of nothing is taken for 0
+        (9.0, 1, 4),  # ln 1 = 0; with ln 2 the first would gain 6.2
     ],
 )
 def test_growth_by_hand(exploration, step, grown):

@@ -109,7 +109,12 @@ UPDATERS = {
         False,
     ),
     "rigl": (make("rigl"), by_leaf(constant), True),
-    "rigl, NM": (make("rigl", structure=NM(1, 4)), by_leaf(constant), True),
+    # Of one kept in every four, the default of 0.3 would round to none.
+    "rigl, NM": (
+        make("rigl", structure=NM(1, 4), drop_fraction=0.9),
+        by_leaf(constant),
+        True,
+    ),
     "sparse_momentum": (make("sparse_momentum"), in_all(constant), False),
     "sparse_momentum, FanIn": (
         make("sparse_momentum", redistribution=False, structure=FanIn()),

@@ -475,6 +475,18 @@ def test_whole_units_move_by_hand(name):
     assert int(masks.sum()) == int(on(before).sum())
 
 
+def test_a_drop_fraction_that_never_moves_anything_is_refused():
+    # round(0.3 * 1) is 0 at every update.
+    updater = transforms.rigl(
+        sparsity=0.75, end=9, key=jax.random.key(0), structure=NM(1, 4)
+    )
+    w = {"w": jnp.ones((4, 2))}
+    masks, _ = updater.init(w, updater.key)
+    now = MaskUpdate(masks, (), w, w, None, jnp.int32(0))
+    with pytest.raises(ValueError, match="at least one of the 1 kept .*at most 0.3"):
+        updater.update(now)
+
+
 def test_the_number_kept_of_every_m_falls_step_by_step():
     # Updates at 0, 1, 2, 3: 1, 8/27, 1/27, 0 of the way to 7/8 are left. Kept of 8:
     # 8, round(3.07), round(1.26), 1. A library that jumps would keep 1 at once.
