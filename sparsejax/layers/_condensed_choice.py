@@ -15,6 +15,7 @@ from sparsejax.layers._convert import _layout_of, _over_stack
 from sparsejax.layouts import condense_fan_in, condense_nm, gather_blocks
 from sparsejax.ops._block_sparse_xla import prefers_dense
 from sparsejax.ops._fan_in_matmul_xla import costs
+from sparsejax.ops._nm_matmul_xla import form as nm_form
 
 
 def choose_form(w, mask, stacked, block_sides, groups):
@@ -145,6 +146,8 @@ def dense_is_faster(stored, rows):
             shape, block_shape = layout.shape, layout.block_shape
             slots = layout.capacity
             return prefers_dense(rows, *shape, block_shape, slots, blocks.dtype)
-        case CondensedNM():
-            return True if on_cpu else None  # on a CPU it is expanded, then multiplied
+        case CondensedNM(values, _, n, m):
+            k = values.shape[-2] // n * m
+            # But for the few rows that it selects from, a CPU expands, then multiplies.
+            return nm_form(rows, k, n, m) != "select" if on_cpu else None
     return False
