@@ -113,7 +113,8 @@ def environment_of_children(args):
 
 
 def seconds_left(args, part="sweep"):
-    return args.minutes * 60 * UNTIL[part] - (time.monotonic() - args.start)
+    share = 1.0 if part == args.parts[-1] else UNTIL[part]
+    return args.minutes * 60 * share - (time.monotonic() - args.start)
 
 
 def call(args, command, seconds):

@@ -177,9 +177,7 @@ def run_sweep(job):
     end = time.monotonic() + job["seconds"]
     log = pathlib.Path(job["log"])
     past = [json.loads(line) for line in log.read_text().splitlines()]
-    finished = {row["finished"] for row in past if "finished" in row}
-    # What was under way when an earlier process died is not tried again.
-    deadly = [a for a, b in itertools.pairwise(past) if "died" in b and "died" not in a]
+    deadly = last_words(past)
 
     def note(**row):
         with log.open("a") as file:
@@ -188,21 +186,25 @@ def run_sweep(job):
     for sparsity, (name, op) in itertools.product(job["sparsities"], OPS.items()):
         head = f"{'x'.join(map(str, job['shape']))} blocks {job['block']} {name}"
         group = f"{head} {sparsity:.0%}"
-        if group in finished or {"busy": group} in deadly:
+        if {"finished": group} in past or {"busy": group} in deadly:
             continue
         if time.monotonic() > end:
             return {"complete": False}
         operands = Operands(tuple(job["shape"]), job["block"], sparsity)
-        configs = candidates(operands.problem(op))
+        default, *others = candidates(operands.problem(op))
         fullest = f"{head} {job['sparsities'][0]:.0%}"
         first = [row for row in past if row.get("group") == fullest]
         best = [r["tiles"] for r in sorted(first, key=lambda r: r["us"])[:SHORTLIST]]
         if best:
-            configs = configs[:1] + [c for c in configs[1:] if tiles(c) in best]
+            others = [config for config in others if tiles(config) in best]
         if job["quick"] or job["interpret"]:
-            configs = configs[:1] + configs[1 :: max(1, len(configs) // 6)]
-        skip = [r["trying"] for r in deadly if r.get("of") == group]
-        configs = [c for c in configs if tiles(c) not in skip]
+            others = others[:: max(1, len(others) // 6)]
+        skip = [row["trying"] for row in deadly if row.get("of") == group]
+        configs = {
+            config: config == default
+            for config in (default, *others)
+            if tiles(config) not in skip
+        }
         rows = measure(operands, op, configs, group, job["interpret"], note, end)
         past += rows
         for row in rows:
@@ -211,35 +213,45 @@ def run_sweep(job):
     return {"complete": True}
 
 
+def last_words(past):
+    """What was under way when an earlier process died; it is not tried again."""
+    return [a for a, b in itertools.pairwise(past) if "died" in b and "died" not in a]
+
+
 @contextlib.contextmanager
 def watchdog(seconds):
     """Ends the process if the device hangs."""
     timer = threading.Timer(seconds, os._exit, (3,))
     timer.start()
-    yield
-    timer.cancel()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def measure(operands, op, configs, group, interpret, note, end):
-    """Compiles all, checks all, times those that are right beside the dense product."""
+    """Compiles all, checks all, times those that are right beside the dense product.
+
+    ``configs`` says of each whether it is the default.
+    """
     repeat = 1 if interpret else 20
 
-    def build(i):
+    def build(config):
         if time.monotonic() > end:
             return TimeoutError("no time left")
-        fn, args = operands.kernel(op, configs[i], True if interpret else None)
+        fn, args = operands.kernel(op, config, True if interpret else None)
         try:
-            return bench.compiled(str(i), fn, *args, repeat=repeat)
+            return bench.compiled(str(tiles(config)), fn, *args, repeat=repeat)
         except Exception as error:  # a configuration that does not compile is a result
             return error
 
     note(busy=group)
     with ThreadPoolExecutor(1 if interpret else 8) as pool:
-        built = list(pool.map(build, range(len(configs))))
+        built = list(pool.map(build, configs))
     exact, allowed = operands.tolerance(op)
-    right = []
-    for i, (config, case) in enumerate(zip(configs, built, strict=True)):
-        what = dict(of=group, tiles=tiles(config), default=i == 0)
+    right = {}
+    for (config, default), case in zip(configs.items(), built, strict=True):
+        what = dict(of=group, tiles=tiles(config), default=default)
         if isinstance(case, Exception):
             note(**what, result="does not compile", error=repr(case)[:300])
             continue
@@ -249,30 +261,33 @@ def measure(operands, op, configs, group, interpret, note, end):
         ok = error <= allowed  # not so for NaN
         note(**what, result="ok" if ok else "wrong", max_error=error, allowed=allowed)
         if ok:
-            right.append(i)
+            right[config] = case
     del exact
     note(busy=group)
     fn, args = operands.dense(op)
     dense = bench.compiled("dense", fn, *args, repeat=repeat)
-    cases = [dense, *(built[i] for i in right)]
     with watchdog(120):
-        times = _harness.interleave(cases, rounds=2 if interpret else 9)
-    print(f"\n{group}, dense {times['dense'].median / repeat * 1e6:.1f} us", flush=True)
-    rows = []
-    for i in sorted(right, key=lambda i: times[str(i)].median):
-        rows.append(
-            dict(
-                group=group,
-                tiles=tiles(configs[i]),
-                default=i == 0,
-                us=times[str(i)].median / repeat * 1e6,
-                iqr_us=times[str(i)].iqr / repeat * 1e6,
-                dense_us=times["dense"].median / repeat * 1e6,
-                ratio_to_dense=_harness.ratio(times, str(i), "dense"),
-            )
+        rounds = 2 if interpret else 9
+        times = _harness.interleave([dense, *right.values()], rounds=rounds)
+    each_us = lambda seconds: seconds / repeat * 1e6
+    dense_us = each_us(times["dense"].median)
+    print(f"\n{group}, dense {dense_us:.1f} us", flush=True)
+    rows = [
+        dict(
+            group=group,
+            tiles=tiles(config),
+            default=configs[config],
+            us=each_us(times[case.name].median),
+            iqr_us=each_us(times[case.name].iqr),
+            dense_us=dense_us,
+            ratio_to_dense=_harness.ratio(times, case.name, "dense"),
         )
-        mark = " (default)" if i == 0 else ""
-        print(f"  {rows[-1]['us']:8.1f} us {tiles(configs[i])}{mark}", flush=True)
+        for config, case in right.items()
+    ]
+    rows.sort(key=lambda row: row["us"])
+    for row in rows:
+        mark = " (default)" if row["default"] else ""
+        print(f"  {row['us']:8.1f} us {row['tiles']}{mark}", flush=True)
     return rows
 
 
