@@ -96,7 +96,7 @@ def granet(
             f"initial_sparsity={initial_sparsity}, key=None"
         )
     prune = pruner(sparsity, initial_sparsity, steps, distribution, structure)
-    share = initial_distribution if distribution == "global" else distribution
+    share = distribution if callable(distribution) else initial_distribution
 
     def init(params, key):
         if distribution == "global":
