@@ -30,15 +30,14 @@ def top_of_columns(scores: Any, count: Any, where: Any) -> Any:
     k = scores.shape[-2]
 
     def keys(scores, where):
-        keys = _search.ordered_keys(jnp.abs(scores))
-        return jnp.where(where, keys, jnp.zeros((), keys.dtype))
+        return _search.only(where, _search.magnitude_keys(scores))
 
     def order(scores, where, low, rows):
         """The first of the rows that tie with the threshold has the largest key."""
         index = lax.broadcasted_iota(jnp.uint32, scores.shape, scores.ndim - 2)
         return jnp.where(keys(scores, where) == low, rows - index, jnp.uint32(0))
 
-    limit = _search.key_limit(scores.dtype)
+    limit = _search.key_limit(scores.dtype, by_magnitude=True)
     low = _thresholds(keys, (scores, where), count, limit)
     at_least = _per_column(keys(scores, where) >= low)
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Int
 
@@ -51,10 +52,10 @@ def largest(
     def make_keys(leaves, where):
         keys = []
         for i, leaf in enumerate(leaves):
-            key = ordered_keys(jnp.abs(leaf) if by_magnitude else leaf)
-            allowed = True if marks_nan else ~jnp.isnan(leaf)
-            allowed = allowed if where is None else allowed & where[i]
-            keys.append(jnp.where(allowed, key, jnp.zeros((), key.dtype)))
+            key = magnitude_keys(leaf) if by_magnitude else ordered_keys(leaf)
+            if where is not None:
+                key = only(where[i], key)
+            keys.append(key if marks_nan else only(~jnp.isnan(leaf), key))
         return keys
 
     def make_order(leaves, where, low, unit):
@@ -65,7 +66,7 @@ def largest(
             order.append(jnp.where(key == low, rest, jnp.uint32(0)))
         return order
 
-    limit = key_limit(leaves[0].dtype)
+    limit = key_limit(leaves[0].dtype, by_magnitude)
     low, at_least, above = find_threshold(make_keys, (leaves, where), count, limit)
 
     def without_ties():
@@ -235,11 +236,7 @@ def count_two(keys: Any, lower: Any, upper: Any) -> Any:
 
 def ordered_keys(scores: Any) -> Any:
     """Unsigned integers ordered as the scores are; NaN is 1, nothing is 0."""
-    bits = {2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint64}.get(scores.dtype.itemsize)
-    if bits is None or not jnp.issubdtype(scores.dtype, jnp.floating):
-        raise ValueError(
-            f"scores must be float32, bfloat16, float16 or float64, got {scores.dtype}"
-        )
+    bits = _bits(scores.dtype)
     raw = lax.bitcast_convert_type(scores, bits)
     sign = jnp.array(1 << (8 * scores.dtype.itemsize - 1), bits)
     keys = jnp.where(raw >= sign, ~raw, raw | sign)
@@ -250,9 +247,41 @@ def ordered_keys(scores: Any) -> Any:
     return keys if bits == jnp.uint64 else keys.astype(jnp.uint32)
 
 
-def key_limit(dtype: Any) -> int:
-    """One more than the largest key: that of infinity, with the sign bit set."""
+def magnitude_keys(scores: Any) -> Any:
+    """Unsigned integers ordered as |scores| are; NaN is 1, nothing is 0."""
+    bits = _bits(scores.dtype)
+    sign = 1 << (8 * scores.dtype.itemsize - 1)
+    raw = lax.bitcast_convert_type(scores, bits) & jnp.array(sign - 1, bits)
+    one = jnp.ones((), bits)
+    keys = jnp.where(raw > jnp.array(_infinity(scores.dtype), bits), one, raw + 2 * one)
+    return keys if bits == jnp.uint64 else keys.astype(jnp.uint32)
+
+
+def only(where: Any, keys: Any) -> Any:
+    """The keys of candidates, 0 elsewhere; by bits, which is quicker than a select."""
+    return keys & -where.astype(keys.dtype)
+
+
+def key_limit(dtype: Any, by_magnitude: bool = False) -> int:
+    """One more than the largest key: that of infinity."""
+    if by_magnitude:
+        return _infinity(dtype) + 3
     return (1 << 8 * dtype.itemsize) - 1
+
+
+def _bits(dtype: Any) -> Any:
+    bits = {2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint64}.get(dtype.itemsize)
+    if bits is None or not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(
+            f"scores must be float32, bfloat16, float16 or float64, got {dtype}"
+        )
+    return bits
+
+
+def _infinity(dtype: Any) -> int:
+    """The bits of infinity."""
+    size = dtype.itemsize
+    return int(np.asarray(np.inf, dtype).view(f"u{size}"))
 
 
 def flat_index(shape: tuple[int, ...], unit: Any) -> Any:

@@ -15,6 +15,7 @@ from sparsejax.masks import nm_mask, topk_mask
 
 DTYPES = [jnp.float32, jnp.bfloat16, jnp.float16]
 topk = jax.jit(topk_mask)
+topk_by_magnitude = jax.jit(functools.partial(topk_mask, by_magnitude=True))
 
 
 def sorted_mask(scores, count, where=None):
@@ -55,6 +56,8 @@ def test_topk_equals_a_stable_sort(scores, dtype, share, candidates):
     np.testing.assert_array_equal(got, sorted_mask(oracle, count))
     got = topk(scores, jnp.int32(count), where=where)
     np.testing.assert_array_equal(got, sorted_mask(oracle, count, where))
+    got = topk_by_magnitude(scores, jnp.int32(count), where=where)
+    np.testing.assert_array_equal(got, sorted_mask(np.abs(oracle), count, where))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -75,6 +78,10 @@ def test_topk_large_enough_to_sample(key, dtype, kind):
         want[order[:count]] = True
         got = np.asarray(topk(scores, jnp.int32(count)))
         np.testing.assert_array_equal(got.ravel(), want)
+    order = np.argsort(-np.abs(flat), kind="stable")
+    got = topk_by_magnitude(scores, jnp.int32(20_170))
+    want = np.isin(np.arange(flat.size), order[:20_170])
+    np.testing.assert_array_equal(np.ravel(got), want)
 
 
 def test_topk_float64():
