@@ -87,9 +87,10 @@ def gradients(product):
 
 
 def report(batch, cases, config):
-    # Many rounds where one takes a millisecond, few where it takes a second.
+    # Few rounds where one takes a second. Where one takes milliseconds many calls in
+    # turn: the first after a neighbour that holds a dense weight of its own is slower.
     rounds = config["rounds"] if batch < 1024 else max(3, config["rounds"] // 4)
-    times = _harness.interleave(cases, rounds=rounds)
+    times = _harness.interleave(cases, rounds=rounds, inner=10 if batch < 256 else 1)
     print(f"\nbatch {batch}, {config['shape']}, {config['dtype']}")
     print(_harness.table(times, base=DENSE), flush=True)
     what = "nm_matmul_gradients" if config["gradients"] else "nm_matmul"

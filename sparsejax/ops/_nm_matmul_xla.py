@@ -94,7 +94,7 @@ def _by_selection(x, values, words, n, m):
             place = unit_q[r * bits // 32] >> jnp.uint32(r * bits % 32)
             entries = [unit_x[:, r // n * m + i, None] for i in range(m)]
             while len(entries) > 1:
-                odd = place & jnp.uint32(1) != 0
+                odd = (place & jnp.uint32(1)) != 0
                 entries = [
                     jnp.where(odd, *pair[::-1]) if len(pair) == 2 else pair[0]
                     for pair in (entries[i : i + 2] for i in range(0, len(entries), 2))
