@@ -34,6 +34,7 @@ class Settings:
     learning_rate: float = 2e-3  # at first; falls to 0 by a cosine
     weight_decay: float = 1e-2
     every: int = 25  # steps between mask updates
+    soup_rate: float = 1e-2  # learning rate at first of a soup's members
     context: int = 16  # bytes of text before the one to guess
     digest: str = ""  # of the data
 
@@ -46,7 +47,13 @@ class Settings:
 PRESETS = {
     "digits": Settings(),
     "text": Settings(
-        data="text", examples=0, width=256, steps=2000, batch=256, every=50
+        data="text",
+        examples=0,
+        width=256,
+        steps=1000,
+        batch=256,
+        every=50,
+        soup_rate=2e-3,
     ),
 }
 
@@ -234,6 +241,7 @@ def fit(
     *,
     params: Any = None,
     steps: int | None = None,
+    learning_rate: float | None = None,
     member: int = 0,
     view: Callable[[Any, Any], Any] = lambda params, annealed: params,
     annealing: Callable[[Any], Any] = lambda step: 0.0,
@@ -246,6 +254,7 @@ def fit(
       updater: Makes the kernels sparse; None: nothing does.
       params: Where to start; None: at random.
       steps: How many; None: as the settings say.
+      learning_rate: At first; None: as the settings say.
       member: Another order of the data for each.
       view: `(params, annealed) -> params` that the model is given.
       annealing: Step -> what `view` is given.
@@ -254,7 +263,8 @@ def fit(
     """
     steps = steps or case.settings.steps
     params = case.task.init(case.init_key) if params is None else params
-    rate = optax.cosine_decay_schedule(case.settings.learning_rate, steps)
+    first = learning_rate or case.settings.learning_rate
+    rate = optax.cosine_decay_schedule(first, steps)
     optimizer = make_optimizer(case.settings, rate)
     if updater is not None:
         optimizer = transforms.sparsify(optimizer, updater)

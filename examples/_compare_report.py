@@ -1,5 +1,6 @@
 """What ``compare_methods.py`` shows: rows on disk, table, claims, picture."""
 
+import collections
 import json
 import math
 import pathlib
@@ -258,9 +259,6 @@ def plot(
         layout="constrained",
         squeeze=False,
     )
-    ticks = sorted(
-        {s for m in sum(families.values(), []) for s in scores.sparsities(m)}
-    )
     for axis, (family, methods) in zip(axes.flat, families.items(), strict=False):
         for reference in there(references):
             _draw_reference(axis, scores, reference)
@@ -289,13 +287,13 @@ def plot(
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
         axis.legend(frameon=False, fontsize="small")
-    sparse = [s for s in ticks if s > 0]
+    drawn = sum(families.values(), [])
+    sparse = [s for m in drawn for s in scores.sparsities(m) if s > 0]
     if sparse:
         first = axes[0, 0]
-        first.set_xlim((1 - sparse[0]) * 1.2, (1 - sparse[-1]) / 1.2)
-        first.set_xticks(
-            [1 - s for s in _apart(sparse)], map(show_sparsity, _apart(sparse))
-        )
+        first.set_xlim((1 - min(sparse)) * 1.2, (1 - max(sparse)) / 1.2)
+        ticks = _apart(sparse)
+        first.set_xticks([1 - s for s in ticks], [show_sparsity(s) for s in ticks])
         first.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
     for axis in axes.flat[len(families) :]:
         axis.set_visible(False)
@@ -334,9 +332,9 @@ def _draw_reference(axis: Any, scores: Scores, method: str) -> None:
 
 
 def _apart(sparsities: Sequence[float]) -> list[float]:
-    """Those with room for a label on a logarithmic axis."""
+    """Those with room for a label on a logarithmic axis; the most frequent go first."""
     kept: list[float] = []
-    for s in sparsities:
-        if not kept or (1 - kept[-1]) / (1 - s) > 1.2:
+    for s, _ in collections.Counter(sparsities).most_common():
+        if all(abs(math.log((1 - s) / (1 - other))) > 0.3 for other in kept):
             kept.append(s)
-    return kept
+    return sorted(kept)
