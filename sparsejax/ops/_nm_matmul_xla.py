@@ -42,7 +42,7 @@ def product(x, values, words, *, n, m, transpose):
         w = expand(values, words, n, m)
         return _dot(x, w, (1, contracted)).astype(x.dtype)
 
-    by = "expand" if transpose else form(*x.shape, n, m)
+    by = "expand" if transpose else form(x.shape[0], x.shape[1], n, m)
     if by == "expand":
         return expanded(x, values, words)
 
