@@ -1,7 +1,7 @@
 """sparsejax: sparse models in JAX, from masks to kernels.
 
-``layouts`` and ``masks`` say what is kept, ``ops`` multiplies; ``pruning`` chooses once,
-``schedules``, ``transforms`` (optax) and ``topology`` during training, where
+``layouts`` and ``masks`` say what is kept, ``ops`` multiplies; ``pruning`` chooses
+once, ``schedules``, ``transforms`` (optax) and ``topology`` during training, where
 ``straight_through`` changes what the forward pass sees; ``averaging`` joins sparse
 models; ``layers`` with ``nnx`` and ``linen`` (Flax) are the modules, ``checkpoint``
 (orbax) saves a run.

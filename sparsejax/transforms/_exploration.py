@@ -47,7 +47,7 @@ def exploration_exploitation(
     is `rigl`.
 
     If any weight or gradient is NaN or inf the update is skipped and counted. Memory
-    is N, 2 bytes per weight (it stays at 65535); nothing is computed between updates.
+    is N, 2 bytes per weight (it stays at 65535), counted in a pass of its own.
 
     Args:
       sparsity: Fraction of masked weights that is zero, in [0, 1].
@@ -97,17 +97,20 @@ def exploration_exploitation(
         shape = lambda w: structures.unit_shape(structure, tuple(w.shape))
         return masks, {k: jnp.zeros(shape(w), jnp.uint16) for k, w in params.items()}
 
-    def update(now: MaskUpdate):
+    def observe(now: MaskUpdate, due):
         times_active = {}
         for name, mask in now.masks.items():
             # The type's last value stays: 65535 + 1 would be a weight never seen.
             active = structures.units_of(structure, mask) & (now.memory[name] < 65535)
-            times_active[name] = now.memory[name] + active.astype(jnp.uint16)
+            times_active[name] = now.memory[name] + (active & due).astype(jnp.uint16)
+        return times_active
+
+    def update(now: MaskUpdate):
         log_t = jnp.log(jnp.maximum(now.step, 1).astype(jnp.float32))
 
         def acquire(index, name, count, candidates):
             gradient = structures.pool(structure, now.scores[name]).astype(jnp.float32)
-            n = times_active[name].astype(jnp.float32)
+            n = now.memory[name].astype(jnp.float32)
             score = gradient + exploration * log_t / (n + epsilon)
             return structures.top_units(structure, score, count, candidates)
 
@@ -115,6 +118,6 @@ def exploration_exploitation(
         moved = moved_counts(now, counts, structure, fractions, steps)
         keep = {name: counts[name] - moved[name] for name in counts}
         masks = exchange(now, structure, keep, moved, acquire)
-        return masks, times_active, all_finite(now.params) & all_finite(now.scores)
+        return masks, now.memory, all_finite(now.params) & all_finite(now.scores)
 
-    return Updater(steps, init, update, key)
+    return Updater(steps, init, update, key, observe)

@@ -105,8 +105,9 @@ def sparse_momentum(
         masks, _ = random_masks(density, distribution, structure, params, key)
         return masks, {name: jnp.zeros_like(w) for name, w in params.items()}
 
-    def observe(memory, scores):
-        return {name: _average(m, scores[name], decay) for name, m in memory.items()}
+    def observe(now: MaskUpdate, due):
+        del due
+        return {k: _average(m, now.scores[k], decay) for k, m in now.memory.items()}
 
     def update(now: MaskUpdate):
         counts = leaf_counts(now.params, density, distribution, structure)

@@ -133,8 +133,6 @@ def sparsify(
         due = state.steps == state.next_update
         if steps:
             scores = _scores(old, gradients, grow_scores)
-            if updater.observe is not None:
-                memory = updater.observe(memory, scores)
             request = MaskUpdate(
                 masks=old,
                 memory=memory,
@@ -143,10 +141,13 @@ def sparsify(
                 key=_key_at(updater.key, state.mask_key, state.steps),
                 step=state.steps,
             )
+            if updater.observe is not None:
+                request = request._replace(memory=updater.observe(request, due))
 
             def change():
                 masks, memory, ok = updater.update(request)
-                pick = lambda new, old: jnp.where(ok, new, old)
+                # What did not change is not looked at: it would be copied.
+                pick = lambda new, old: old if new is old else jnp.where(ok, new, old)
                 return (
                     jax.tree.map(pick, (masks, memory), (old, request.memory)),
                     skipped + (~ok).astype(jnp.int32),

@@ -31,13 +31,15 @@ class Updater(NamedTuple):
         it is False, as for a NaN among what the rule looked at, the old masks and
         memory stay.
       key: PRNG key, or None for a rule without chance.
-      observe: `(memory, scores) -> memory`, run at every step before `update`, for
-        rules that keep statistics of the dense gradients. NaN and inf are the rule's
-        own to keep out. None: memory changes at updates alone.
+      observe: `(MaskUpdate, due) -> memory`, run at every step before `update`, for
+        rules whose memory is as large as the weights: worked out here it joins the
+        optimizer's passes, out of `update` it would be copied at every step. `due`
+        is a boolean scalar: whether masks change at this step. NaN and inf are the
+        rule's own to keep out. None: memory changes at updates alone.
     """
 
     steps: range
     init: Callable[[dict[str, Any], Any], tuple[dict[str, Any], Any]]
     update: Callable[[MaskUpdate], tuple[dict[str, Any], Any, Any]]
     key: Any = None
-    observe: Callable[[Any, dict[str, Any]], Any] | None = None
+    observe: Callable[[MaskUpdate, Any], Any] | None = None

@@ -19,7 +19,14 @@ COUNTS = {"w": jnp.array([[5, 6, 7, 0, 3, 1]], jnp.uint16)}
 
 def update(now, **changes):
     options = {"sparsity": 0.5, "end": 64, "every": 8, "key": KEY} | changes
-    return jax.jit(transforms.exploration_exploitation(**options).update)(now)
+    updater = transforms.exploration_exploitation(**options)
+
+    @jax.jit
+    def step(now):
+        memory = updater.observe(now, jnp.array(True))
+        return updater.update(now._replace(memory=memory))
+
+    return step(now)
 
 
 @pytest.mark.parametrize(
@@ -57,9 +64,11 @@ def test_counts_are_kept_over_updates_and_stay_at_their_last_value():
         sparsity=0.5, end=64, every=8, key=KEY, drop_fraction=0.0
     )
     masks, memory = updater.init(PARAMS, KEY)
-    for step in (0, 8, 16):
+    for step in (0, 3, 8, 16):
         now = MaskUpdate(masks, memory, PARAMS, SCORES, KEY, jnp.int32(step))
-        masks, memory, _ = updater.update(now)
+        memory = updater.observe(now, jnp.array(step % 8 == 0))
+        if step % 8 == 0:
+            masks, memory, _ = updater.update(now._replace(memory=memory))
     np.testing.assert_array_equal(memory["w"], 3 * masks["w"].astype(jnp.uint16))
     full = {"w": jnp.full((1, 6), 65535, jnp.uint16)}
     _, memory, _ = update(MaskUpdate(MASKS, full, PARAMS, SCORES, KEY, jnp.int32(8)))

@@ -24,13 +24,18 @@ def updated(updater, masks, memory, params, step=0):
     return {name: show(mask) for name, mask in masks.items()}
 
 
+def observed(updater, memory, scores):
+    now = MaskUpdate({}, memory, {}, scores, KEY, jnp.int32(0))
+    return updater.observe(now, jnp.array(False))
+
+
 def test_the_average_of_dense_gradients():
     # M <- 0.75 M + 0.25 g from M = 0: g = 4, 8 gives 1, then 0.75 + 2 = 2.75.
     updater = transforms.sparse_momentum(sparsity=0.5, end=9, key=KEY, decay=0.75)
     _, memory = updater.init({"w": jnp.ones((1, 4))}, KEY)
-    memory = updater.observe(memory, {"w": row(4, -4, 0, 4)})
+    memory = observed(updater, memory, {"w": row(4, -4, 0, 4)})
     np.testing.assert_array_equal(memory["w"], row(1, -1, 0, 1))
-    memory = updater.observe(memory, {"w": row(8, -8, 4, -4)})
+    memory = observed(updater, memory, {"w": row(8, -8, 4, -4)})
     np.testing.assert_array_equal(memory["w"], row(2.75, -2.75, 1, -0.25))
 
 
@@ -42,7 +47,7 @@ def test_gradients_that_are_not_finite_never_enter_the_average(bad, dtype):
     memory = {"w": row(1, 2, 3, 4).astype(dtype)}
     if dtype == jnp.float32 and bad == 3.4e38:
         bad = jnp.nan
-    new = updater.observe(memory, {"w": row(bad, 6, bad, 8)})
+    new = observed(updater, memory, {"w": row(bad, 6, bad, 8)})
     assert new["w"].dtype == dtype
     np.testing.assert_array_equal(new["w"].astype(jnp.float32), row(1, 6, 3, 8))
 

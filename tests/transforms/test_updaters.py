@@ -355,7 +355,7 @@ def test_an_updater_that_observes_every_step():
         masks = {k: topk_mask(m, 1) for k, m in now.memory.items()}
         return masks, now.memory, jnp.array(True)
 
-    observe = lambda memory, scores: {k: memory[k] + scores[k] for k in memory}
+    observe = lambda now, due: {k: m + now.scores[k] for k, m in now.memory.items()}
     updater = Updater(range(0, 3, 2), init, update, observe=observe)
     tx = transforms.sparsify(optax.sgd(0.0), updater)
     params, state = start(tx, {"w": jnp.ones((2, 2))})
