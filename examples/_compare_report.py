@@ -109,9 +109,10 @@ class Score(NamedTuple):
     error: float
     count: int
 
-    def __str__(self) -> str:
-        error = "" if math.isnan(self.error) else f" ± {self.error:.2f}"
-        return f"{self.mean:.2f}{error}"
+    def __format__(self, spec: str) -> str:
+        """Mean and error, both as a float is formatted; a sign is the mean's alone."""
+        error = f" ± {format(self.error, spec.lstrip('+'))}"
+        return format(self.mean, spec) + (error if self.count > 1 else "")
 
 
 def score(values: Sequence[float]) -> Score:
@@ -124,8 +125,8 @@ def score(values: Sequence[float]) -> Score:
 class Scores:
     """Scores of the rows on one split."""
 
-    def __init__(self, rows: Iterable[Row], split: str):
-        self.split = split
+    def __init__(self, rows: Iterable[Row], split: str, digits: int = 2):
+        self.split, self.spec = split, f".{digits}f"
         self.by_seed: dict[tuple[str, float], dict[int, float]] = {}
         for row in rows:
             found = self.by_seed.setdefault((row["method"], row["sparsity"]), {})
@@ -186,9 +187,9 @@ def check_claims(
                 (
                     claim.text,
                     f"{sparsity:.4g}",
-                    f"{best} {one}",
-                    f"{claim.other} {other}",
-                    f"{gap.mean:+.2f} ± {gap.error:.2f}",
+                    f"{best} {one:{shown.spec}}",
+                    f"{claim.other} {other:{shown.spec}}",
+                    f"{gap:+{shown.spec}}",
                     verdict,
                 )
             )
@@ -205,7 +206,9 @@ def score_lines(scores: Scores, methods: Sequence[str]) -> list[tuple[str, ...]]
     for method in methods:
         if scores.sparsities(method):
             found = [scores(method, s) for s in columns]
-            lines.append((method, *(str(x) if x.count else "" for x in found)))
+            lines.append(
+                (method, *(f"{x:{scores.spec}}" if x.count else "" for x in found))
+            )
     return lines
 
 

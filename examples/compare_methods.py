@@ -2,8 +2,8 @@
 
 A multilayer perceptron learns scikit-learn's handwritten digits, or guesses the next
 byte of the Python standard library's sources (as ``pretrain_lm.py`` does). Every method
-gets the same initial weights, batches and steps for a seed; members of soups are trained
-for half as long again. From the repository's root:
+gets the same initial weights, batches and steps for a seed; the members of a soup train
+half as long again. From the repository's root:
 
     # all methods at 80, 90, 95 and 98%, five seeds: some minutes on two cores
     python examples/compare_methods.py
@@ -251,9 +251,9 @@ def compare(
                 )
                 progress.advance(bar)
             found = _compare_report.Scores(rows.rows, split)
+            score = found(point.method, point.sparsity)
             console.print(
-                f"{point}: {found(point.method, point.sparsity)} ({split}; "
-                f"{compiling:.1f} s to compile)"
+                f"{point}: {score:.3f} ({split}; {compiling:.1f} s to compile)"
             )
 
 
@@ -266,12 +266,12 @@ def report(
 ) -> None:
     """Prints the tables and writes them and the picture."""
     chosen = [row for row in rows.rows if row["method"] in methods]
-    scores = _compare_report.Scores(chosen, split)
-    validation = _compare_report.Scores(chosen, "validation")
-    metric, sign = {
-        "digits": ("accuracy in percent", 1),
-        "text": ("bits per byte", -1),
+    metric, sign, digits = {
+        "digits": ("accuracy in percent", 1, 2),
+        "text": ("bits per byte", -1, 3),
     }[settings.data]
+    scores = _compare_report.Scores(chosen, split, digits)
+    validation = _compare_report.Scores(chosen, "validation")
     lines = _compare_report.score_lines(scores, methods)
     claims = _compare_report.check_claims(CLAIMS, validation, scores, sign)
     claims.insert(0, _compare_report.CLAIMS_HEAD)

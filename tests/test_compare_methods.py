@@ -225,8 +225,8 @@ def test_mean_and_standard_error_by_hand():
     # Deviations -2, 0, 2: variance 8 / 2 = 4; 2 / sqrt(3).
     found = _compare_report.score([1.0, 3.0, 5.0])
     assert found == pytest.approx((3.0, 2 / math.sqrt(3), 3))
-    assert str(found) == "3.00 ± 1.15"
-    assert str(_compare_report.score([7.0])) == "7.00"
+    assert f"{found:.2f}" == "3.00 ± 1.15" and f"{found:+.1f}" == "+3.0 ± 1.2"
+    assert f"{_compare_report.score([7.0]):.2f}" == "7.00"
     assert math.isnan(_compare_report.score([]).mean)
 
 
