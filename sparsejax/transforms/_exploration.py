@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from sparsejax import masks as masks_lib
@@ -97,12 +98,17 @@ def exploration_exploitation(
         shape = lambda w: structures.unit_shape(structure, tuple(w.shape))
         return masks, {k: jnp.zeros(shape(w), jnp.uint16) for k, w in params.items()}
 
+    def usable(now):
+        return all_finite(now.params) & all_finite(now.scores)
+
     def observe(now: MaskUpdate, due):
+        # An update that will be skipped is none.
+        counts = jax.lax.cond(due, lambda: usable(now), lambda: jnp.array(False))
         times_active = {}
         for name, mask in now.masks.items():
             # The type's last value stays: 65535 + 1 would be a weight never seen.
             active = structures.units_of(structure, mask) & (now.memory[name] < 65535)
-            times_active[name] = now.memory[name] + (active & due).astype(jnp.uint16)
+            times_active[name] = now.memory[name] + (active & counts).astype(jnp.uint16)
         return times_active
 
     def update(now: MaskUpdate):
@@ -118,6 +124,6 @@ def exploration_exploitation(
         moved = moved_counts(now, counts, structure, fractions, steps)
         keep = {name: counts[name] - moved[name] for name in counts}
         masks = exchange(now, structure, keep, moved, acquire)
-        return masks, now.memory, all_finite(now.params) & all_finite(now.scores)
+        return masks, now.memory, usable(now)
 
     return Updater(steps, init, update, key, observe)
