@@ -183,7 +183,13 @@ def test_a_mesh_computes_the_same():
         assert leaf.sharding.is_fully_replicated == (leaf.ndim == 1)
 
 
-@pytest.mark.parametrize("flags", [("--ffn", "block_sparse"), ("--ffn", "masked")])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--ffn", "block_sparse"),
+        pytest.param(("--ffn", "masked"), marks=pytest.mark.slow),
+    ],
+)
 def test_killed_and_resumed_is_bit_identical(run, text, tmp_path, flags):
     flags = (*flags, "--steps", 300, "--every", 7, "--log-every", 20)
     (whole,) = run(*flags, out="whole")

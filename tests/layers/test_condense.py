@@ -99,6 +99,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_form_product_and_gradient(name):
     mask, form, kind, inner = CASES[name]

@@ -150,6 +150,7 @@ OPTIONS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind, options", OPTIONS)
 def test_output_has_the_standard_deviation_of_a_dense_layers(kind, options):
     k, n = 384, 256
@@ -170,6 +171,7 @@ def test_output_has_the_standard_deviation_of_a_dense_layers(kind, options):
     assert abs(float(jnp.std(y)) / want - 1) < 0.05
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind, distribution",
     [("parallel", "uniform"), ("doped", "uniform"), ("factorized", "erdos_renyi")],

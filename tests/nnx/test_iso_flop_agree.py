@@ -27,6 +27,7 @@ def spec_of(kind, options):
     return sj.layers.iso_flop((64, 96), kind, 0.75, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind, options", CASES)
 def test_equal_outputs_from_equal_parameters(kind, options):
     spec = spec_of(kind, options)

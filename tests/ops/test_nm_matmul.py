@@ -38,7 +38,15 @@ REFUSED = {
     ("mosaic_gpu", "3:4_ragged"): "n:m is 3:4",
     ("mosaic_gpu", "1:20"): "dtype is float32",
 }
+
+
 # The Hopper kernel has the forward product alone.
+def slowly(names):
+    """The interpreted TPU kernel's tests are marked slow."""
+    marks = lambda name: [pytest.mark.slow] if name == "mosaic_tpu" else []
+    return [pytest.param(name, marks=marks(name)) for name in names]
+
+
 DIFFERENTIATED = [name for name in IMPLEMENTATIONS if name != "mosaic_gpu"]
 
 
@@ -81,7 +89,7 @@ def low_product(x, w):
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", slowly(IMPLEMENTATIONS))
 def test_value_and_gradients(implementation, name):
     group, x, w, values, indices, dy = case(name)
     impl = choice(implementation)
@@ -131,7 +139,7 @@ def second_order(product):
 
 
 @pytest.mark.parametrize("name", ["2:4_bf16"])
-@pytest.mark.parametrize("implementation", DIFFERENTIATED)
+@pytest.mark.parametrize("implementation", slowly(DIFFERENTIATED))
 def test_gradient_of_gradient(implementation, name):
     group, x, _, values, indices, _ = case(name)
     x, values = x / 4, values / 4
@@ -151,7 +159,7 @@ def test_gradient_of_gradient(implementation, name):
         assert_close(got, want, base, eps=1e-5)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", slowly(IMPLEMENTATIONS))
 def test_transformations(implementation):
     """vmap of every operand, scan and checkpoint over stacked layers."""
     group, x, _, values, indices, _ = case("2:4_bf16")
@@ -184,7 +192,7 @@ def test_transformations(implementation):
     same(jax.jit(jax.grad(scanned))(vs), jnp.stack(want))
 
 
-@pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS, None])
+@pytest.mark.parametrize("implementation", slowly([*IMPLEMENTATIONS, None]))
 def test_leading_axes_and_no_retrace(implementation):
     group, x, w, values, indices, _ = case("2:4_bf16")
     traces = []
@@ -238,6 +246,7 @@ def test_master_values_get_their_gradient_unrounded():
     assert np.abs(f64(dv) - exact).max() < 1e-5 * np.abs(exact).max()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("rows", "k", "n", "m", "form"),
     [

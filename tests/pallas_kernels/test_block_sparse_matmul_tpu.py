@@ -160,6 +160,7 @@ def check_sdd(
 SMALL = {"tile_m": 32, "rows": 16, "unroll": 2, "unit_unroll": 2}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("transpose", [False, True])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("block_shape", [(16, 16), (48, 32), (256, 128)])

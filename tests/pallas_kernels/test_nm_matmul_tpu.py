@@ -88,6 +88,7 @@ def test_against_float64(case, op):
     Case(*case).check(op)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("op", OPS)
 def test_several_tiles_of_every_axis(op):
     # 3 row tiles, 2 tiles of k (a unit of 2:4 is 32 rows), 2 of p in two panels each.

@@ -271,6 +271,7 @@ def test_bad_gradients_never_enter_masks_or_memory(name):
     assert len(runner(name)[2]) == 1
 
 
+@pytest.mark.slow
 def test_restored_mid_schedule_the_next_50_steps_are_the_same():
     saved = {name: run(name)[SAVED] for name in UPDATERS}
     fresh = {name: runner(name)[1] for name in UPDATERS}
@@ -283,6 +284,7 @@ def test_restored_mid_schedule_the_next_50_steps_are_the_same():
         assert_equal(now, run(name)[-1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RULES)
 def test_the_same_over_eight_devices(name):
     mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
@@ -305,6 +307,7 @@ def test_the_same_over_eight_devices(name):
     assert not weights(now[0])[0].sharding.is_fully_replicated
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RULES)
 def test_inside_chain_partition_multi_steps_and_inject_hyperparams(name):
     inner = optax.inject_hyperparams(
@@ -470,6 +473,7 @@ def test_zeros_in_bfloat16(inner_name):
             assert bool(jnp.isfinite(leaf).all())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["keep", "mean"])
 @pytest.mark.parametrize(
     "inner_name", ["adamw", "adafactor", "muon", "schedule_free_adamw", "partition"]

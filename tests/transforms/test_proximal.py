@@ -382,6 +382,7 @@ def test_laws(build, dtype):
     assert optax.tree_utils.tree_get_all_with_path(state, "shrinkage_masks")
 
 
+@pytest.mark.slow
 def test_multi_steps_vmap_and_shards_change_nothing():
     # All three in one run, since each takes long to compile.
     params, tx = as_dict(jnp.float32), all_at_once()
