@@ -185,7 +185,9 @@ def test_leading_axes_and_no_retrace():
 def test_vmap_scan_checkpoint():
     x, values, indices, _ = case("three_rows")
     xs, vs = jnp.stack([x, 2 * x]), jnp.stack([values, -values])
-    places = jnp.stack([indices, (indices + 7) % 37])
+    places = jnp.stack(
+        [jnp.asarray(i, jnp.int32) for i in (indices, (indices + 7) % 37)]
+    )
     close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
     one = lambda i: fan_in_matmul(xs[i], vs[i], places[i])
     close(jax.vmap(fan_in_matmul)(xs, vs, places), jnp.stack([one(0), one(1)]))
