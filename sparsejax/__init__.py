@@ -1,10 +1,11 @@
 """sparsejax: sparse models in JAX, from masks to kernels.
 
-``layouts`` and ``masks`` say what is kept, ``ops`` multiplies; ``pruning`` chooses
-once, ``schedules``, ``transforms`` (optax) and ``topology`` during training, where
-``straight_through`` changes what the forward pass sees; ``averaging`` joins sparse
-models; ``layers`` with ``nnx`` and ``linen`` (Flax) are the modules, ``checkpoint``
-(orbax) saves a run.
+``layouts`` and ``masks`` say what is kept, ``routing`` which expert serves which token,
+``ops`` multiplies; ``pruning`` chooses once, ``schedules``, ``transforms`` (optax) and
+``topology`` during training, where ``straight_through`` changes what the forward pass
+sees; ``averaging`` joins sparse models, ``upcycling`` makes experts of a dense one;
+``layers`` with ``nnx`` and ``linen`` (Flax) are the modules, ``checkpoint`` (orbax)
+saves a run.
 """
 
 import importlib
@@ -21,10 +22,12 @@ if TYPE_CHECKING:
     from sparsejax import nnx as nnx
     from sparsejax import ops as ops
     from sparsejax import pruning as pruning
+    from sparsejax import routing as routing
     from sparsejax import schedules as schedules
     from sparsejax import straight_through as straight_through
     from sparsejax import topology as topology
     from sparsejax import transforms as transforms
+    from sparsejax import upcycling as upcycling
     from sparsejax._dispatch import explain as explain
 
 __version__ = importlib.metadata.version("sparsejax")
@@ -40,10 +43,12 @@ _SUBPACKAGES = (
     "nnx",
     "ops",
     "pruning",
+    "routing",
     "schedules",
     "straight_through",
     "topology",
     "transforms",
+    "upcycling",
 )
 
 

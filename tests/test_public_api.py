@@ -19,10 +19,12 @@ PACKAGES = [
     "nnx",
     "ops",
     "pruning",
+    "routing",
     "schedules",
     "straight_through",
     "topology",
     "transforms",
+    "upcycling",
 ]
 SYMBOLS = [
     (package, name)

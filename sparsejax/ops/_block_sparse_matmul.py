@@ -1,18 +1,10 @@
-"""block_sparse_matmul and sampled_matmul: one closed family under differentiation.
-
-With w zero outside the layout, the three products below are each other's derivatives,
-so reverse mode works to any order and every derivative runs a kernel:
-
-    y  = x w          product              dx = dy w^T    transposed product
-    dw = (x^T dy) at the stored blocks     sampled product
-"""
+"""block_sparse_matmul and sampled_matmul: products with a weight stored as blocks."""
 
 import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
-from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Float, Shaped
 
 from pallas_kernels.block_sparse_matmul import _spec
@@ -23,6 +15,12 @@ from sparsejax.layouts import BlockLayout
 from sparsejax.layouts._block import check_blocks, check_single, pad_to
 from sparsejax.ops import _block_sparse_xla
 from sparsejax.ops._checks import accumulator, check_floating, over_explicit_axes
+from sparsejax.ops._products import (
+    SAMPLED,
+    TRANSPOSED,
+    batched_by_loop,
+    closed_products,
+)
 
 
 def block_sparse_matmul(
@@ -203,7 +201,7 @@ def sampled_matmul_reference(
     ).astype(dtype)
 
 
-# --- The three products, each with its derivative -------------------------------------
+# --- The three products ---------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,125 +213,48 @@ class _Static:
     out: jnp.dtype | None = None  # of a sampled product
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _product(static, x, blocks, layout):
-    """y = x w, in static.compute."""
-    x, blocks = x.astype(static.compute), blocks.astype(static.compute)
-    source = jnp.minimum(layout.rows, layout.grid[0] - 1)
-    ptr = layout.column_pointers()
-    return _dsd((static.choice, "dsd"), layout, x, blocks, None, source, ptr)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _transposed_product(static, y, blocks, layout):
-    """x = y w^T, in static.compute."""
-    y, blocks = y.astype(static.compute), blocks.astype(static.compute)
-    order = layout.transpose_order()
-    source = jnp.minimum(layout.cols[order], layout.grid[1] - 1)
-    ptr = layout.transpose().column_pointers()
-    return _dsd(
-        (static.choice, "dsd_transposed"), layout, y, blocks, order, source, ptr
-    )
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _sampled(static, x, y, layout):
-    """blocks = x^T y where stored; multiplied in static.compute, out in static.out."""
-    x, y = x.astype(static.compute), y.astype(static.compute)
+def _multiply(static, op, a, b, layout):
+    a, b = a.astype(static.compute), b.astype(static.compute)
     rows = jnp.minimum(layout.rows, layout.grid[0] - 1)
     cols = jnp.minimum(layout.cols, layout.grid[1] - 1)
-    # A kernel writes its operands' dtype or float32; anything else is a cast.
-    out = static.out if static.out in (static.compute, jnp.float32) else static.compute
-    blocks = _sdd((static.choice, out), layout, x, y, rows, cols, layout.count)
-    return blocks.astype(static.out)
+    if op == SAMPLED:
+        # A kernel writes its operands' dtype or float32; anything else is a cast.
+        wide = static.out in (static.compute, jnp.float32)
+        out = static.out if wide else static.compute
+        blocks = _sdd((static.choice, out), layout, a, b, rows, cols, layout.count)
+        return blocks.astype(static.out)
+    if op == TRANSPOSED:
+        order = layout.transpose_order()
+        ptr = layout.transpose().column_pointers()
+        how = (static.choice, "dsd_transposed")
+        return _dsd(how, layout, a, b, order, cols[order], ptr)
+    ptr = layout.column_pointers()
+    return _dsd((static.choice, "dsd"), layout, a, b, None, rows, ptr)
 
 
-def _keep(fn):
-    """Forward rule: the operands are the residuals."""
-    return lambda static, a, b, layout: (fn(static, a, b, layout), (a, b, layout))
-
-
-def _product_bwd(static, residuals, dy):
-    x, blocks, layout = residuals
-    dx = _transposed_product(static, dy, blocks, layout).astype(x.dtype)
-    out = dataclasses.replace(static, out=blocks.dtype)
-    return dx, _sampled(out, x, dy, layout), None
-
-
-def _transposed_product_bwd(static, residuals, dx):
-    y, blocks, layout = residuals
-    dy = _product(static, dx, blocks, layout).astype(y.dtype)
-    out = dataclasses.replace(static, out=blocks.dtype)
-    return dy, _sampled(out, dx, y, layout), None
-
-
-def _sampled_bwd(static, residuals, db):
-    x, y, layout = residuals
-    dx = _transposed_product(static, y, db, layout).astype(x.dtype)
-    dy = _product(static, x, db, layout).astype(y.dtype)
-    return dx, dy, None
-
-
-_product.defvjp(_keep(_product), _product_bwd)
-_transposed_product.defvjp(_keep(_transposed_product), _transposed_product_bwd)
-_sampled.defvjp(_keep(_sampled), _sampled_bwd)
-
-
-# --- Calls of the kernels -------------------------------------------------------------
+_product, _, _sampled = closed_products(_multiply)
 
 
 @_dispatch.jit
 def _dsd(static, layout, x, blocks, order, source, ptr):
     choice, op = static
 
-    @custom_vmap
     def dsd(x, blocks, order, source, ptr):
         problem = _problem(op, layout, x, x.dtype)
         return _dispatch.call(DSD, choice, problem, x, blocks, order, source, ptr)
 
-    @dsd.def_vmap
-    def _(size, batched, x, *rest):
-        if batched[0] and not any(jax.tree.leaves(batched[1:])):
-            # Only x: its batch is more rows.
-            y = dsd(x.reshape(-1, x.shape[-1]), *rest)
-            return y.reshape(size, x.shape[1], -1), True
-        return _map(dsd, batched, (x, *rest)), True
-
-    return dsd(x, blocks, order, source, ptr)
+    return batched_by_loop(dsd, more_rows=True)(x, blocks, order, source, ptr)
 
 
 @_dispatch.jit
 def _sdd(static, layout, x, dy, rows, cols, count):
     choice, out = static
 
-    @custom_vmap
     def sdd(x, dy, rows, cols, count):
         problem = _problem("sdd", layout, x, out)
         return _dispatch.call(SDD, choice, problem, x, dy, rows, cols, count)
 
-    @sdd.def_vmap
-    def _(size, batched, *args):
-        del size
-        return _map(sdd, batched, args), True
-
-    return sdd(x, dy, rows, cols, count)
-
-
-def _map(fn, batched, args):
-    """Calls ``fn`` once per member of the batch, in turn."""
-    leaves, tree = jax.tree.flatten(args)
-    batched = jax.tree.leaves(batched)
-    own = [leaf for leaf, is_batched in zip(leaves, batched, strict=True) if is_batched]
-
-    def one(own):
-        own = iter(own)
-        member = [
-            next(own) if is_batched else leaf
-            for leaf, is_batched in zip(leaves, batched, strict=True)
-        ]
-        return fn(*jax.tree.unflatten(tree, member))
-
-    return jax.lax.map(one, own)
+    return batched_by_loop(sdd, more_rows=False)(x, dy, rows, cols, count)
 
 
 def _problem(op, layout, x, out):

@@ -1,26 +1,22 @@
-"""fan_in_matmul: the product with a constant fan-in weight, closed under derivatives.
-
-With w zero outside the places, the three products below are each other's derivatives,
-so reverse mode works to any order and no derivative is taken through a gather:
-
-    y  = x w          product              dx = dy w^T    transposed product
-    dvalues = (x^T dy) at the places       sampled product
-"""
+"""fan_in_matmul: the product with a constant fan-in weight."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
-from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Float, Shaped
 
 from sparsejax import _dispatch
 from sparsejax._dispatch import Choice, Implementation
 from sparsejax.layouts._fan_in import check_condensed_fan_in
 from sparsejax.ops import _fan_in_matmul_xla as xla
-from sparsejax.ops._block_sparse_matmul import _map
 from sparsejax.ops._checks import accumulator, check_floating, over_explicit_axes
+from sparsejax.ops._products import (
+    SAMPLED,
+    TRANSPOSED,
+    batched_by_loop,
+    closed_products,
+)
 
 
 def fan_in_matmul(
@@ -109,7 +105,7 @@ def fan_in_matmul_reference(
     return jnp.sum(gathered * values.astype(wide), axis=-1).astype(dtype)
 
 
-# --- The three products, each with its derivative -------------------------------------
+# --- The three products ---------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,53 +118,11 @@ class _Static:
     out: jnp.dtype | None = None  # of a sampled product
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _product(static, x, values, indices):
-    """y = x w, in static.compute."""
-    return _call((static, "product"), x, values, indices)
+def _multiply(static, op, a, b, indices):
+    return _call((static, op), a, b, indices)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _transposed_product(static, y, values, indices):
-    """x = y w^T, in static.compute."""
-    return _call((static, "transposed"), y, values, indices)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _sampled(static, x, y, indices):
-    """values = x^T y at the places; multiplied in static.compute, out in static.out."""
-    return _call((static, "sampled"), x, y, indices)
-
-
-def _keep(fn):
-    """Forward rule: the operands are the residuals."""
-    return lambda static, a, b, indices: (fn(static, a, b, indices), (a, b, indices))
-
-
-def _product_bwd(static, residuals, dy):
-    x, values, indices = residuals
-    dx = _transposed_product(static, dy, values, indices).astype(x.dtype)
-    out = dataclasses.replace(static, out=values.dtype)
-    return dx, _sampled(out, x, dy, indices), None
-
-
-def _transposed_product_bwd(static, residuals, dx):
-    y, values, indices = residuals
-    dy = _product(static, dx, values, indices).astype(y.dtype)
-    out = dataclasses.replace(static, out=values.dtype)
-    return dy, _sampled(out, dx, y, indices), None
-
-
-def _sampled_bwd(static, residuals, dvalues):
-    x, y, indices = residuals
-    dx = _transposed_product(static, y, dvalues, indices).astype(x.dtype)
-    dy = _product(static, x, dvalues, indices).astype(y.dtype)
-    return dx, dy, None
-
-
-_product.defvjp(_keep(_product), _product_bwd)
-_transposed_product.defvjp(_keep(_transposed_product), _transposed_product_bwd)
-_sampled.defvjp(_keep(_sampled), _sampled_bwd)
+_product, _, _ = closed_products(_multiply)
 
 
 # --- Calls of XLA's forms -------------------------------------------------------------
@@ -199,24 +153,15 @@ def _call(how, a, b, indices):
     """Product of rows a with values b, or of x with dy; ``how``: (static, op)."""
     static, op = how
 
-    @custom_vmap
     def call(a, b, indices):
-        out = static.out if op == "sampled" else static.compute
+        out = static.out if op == SAMPLED else static.compute
         names = (static.compute.name, out.name)
         n, fan_in = indices.shape
         problem = Problem(op, a.shape[0], static.k, n, fan_in, *names)
         a, b = a.astype(static.compute), b.astype(static.compute)
         return _dispatch.call(FAN_IN_MATMUL, static.choice, problem, a, b, indices)
 
-    @call.def_vmap
-    def _(size, batched, a, *rest):
-        if op != "sampled" and batched[0] and not any(batched[1:]):
-            # Only the rows: their batch is more rows.
-            y = call(a.reshape(-1, a.shape[-1]), *rest)
-            return y.reshape(size, a.shape[1], -1), True
-        return _map(call, batched, (a, *rest)), True
-
-    return call(a, b, indices)
+    return batched_by_loop(call, more_rows=op != SAMPLED)(a, b, indices)
 
 
 def _costs(problem):
@@ -231,10 +176,10 @@ def _writes_dense(problem):
 def _run_xla(problem, chip, interpret, a, b, indices):
     del chip, interpret
     dense = _writes_dense(problem)
-    if problem.op == "sampled":
+    if problem.op == SAMPLED:
         sampled = xla.sampled_dense if dense else xla.sampled
         return sampled(a, b, indices, dtype=jnp.dtype(problem.out_dtype))
-    if problem.op == "transposed":
+    if problem.op == TRANSPOSED:
         transposed = xla.transposed_dense if dense else xla.transposed
         return transposed(a, b, indices, problem.k)
     return (xla.product_dense if dense else xla.product)(a, b, indices)

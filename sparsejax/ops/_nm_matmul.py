@@ -1,18 +1,9 @@
-"""nm_matmul: the product with a condensed N:M weight, closed under differentiation.
-
-With w zero outside the places, the three products below are each other's derivatives,
-so reverse mode works to any order and every derivative runs a kernel:
-
-    y  = x w          product              dx = dy w^T    transposed product
-    dvalues = (x^T dy) at the places       sampled product
-"""
+"""nm_matmul: the product with a condensed N:M weight."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
-from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Float, Shaped
 
 from pallas_kernels.nm_matmul import _spec
@@ -22,8 +13,8 @@ from sparsejax._dispatch import Choice, Implementation
 from sparsejax.layouts import expand_nm
 from sparsejax.layouts._nm import check_condensed
 from sparsejax.ops import _nm_matmul_xla
-from sparsejax.ops._block_sparse_matmul import _map
 from sparsejax.ops._checks import accumulator, check_floating, over_explicit_axes
+from sparsejax.ops._products import SAMPLED, batched_by_loop, closed_products
 
 
 def nm_matmul(
@@ -124,7 +115,7 @@ def nm_matmul_reference(
     return y.astype(dtype)
 
 
-# --- The three products, each with its derivative -------------------------------------
+# --- The three products ---------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,65 +129,16 @@ class _Static:
     out: jnp.dtype | None = None  # of a sampled product
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _product(static, x, values, indices):
-    """y = x w, in static.compute."""
-    return _multiply(static, "nm", x, values, indices)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _transposed_product(static, y, values, indices):
-    """x = y w^T, in static.compute."""
-    return _multiply(static, "nm_transposed", y, values, indices)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _sampled(static, x, y, indices):
-    """values = x^T y at the places; multiplied in static.compute, out in static.out."""
+def _multiply(static, op, a, b, indices):
+    a, b = a.astype(static.compute), b.astype(static.compute)
+    if op != SAMPLED:
+        return _call((static, op, static.compute), a, b, indices)
     # A kernel writes its operands' dtype or float32; anything else is a cast.
     out = static.out if static.out in (static.compute, jnp.float32) else static.compute
-    x, y = x.astype(static.compute), y.astype(static.compute)
-    values = _call((static, "nm_sampled", out), x, y, indices)
-    return values.astype(static.out)
+    return _call((static, op, out), a, b, indices).astype(static.out)
 
 
-def _multiply(static, op, x, values, indices):
-    x, values = x.astype(static.compute), values.astype(static.compute)
-    return _call((static, op, static.compute), x, values, indices)
-
-
-def _keep(fn):
-    """Forward rule: the operands are the residuals."""
-    return lambda static, a, b, indices: (fn(static, a, b, indices), (a, b, indices))
-
-
-def _product_bwd(static, residuals, dy):
-    x, values, indices = residuals
-    dx = _transposed_product(static, dy, values, indices).astype(x.dtype)
-    out = dataclasses.replace(static, out=values.dtype)
-    return dx, _sampled(out, x, dy, indices), None
-
-
-def _transposed_product_bwd(static, residuals, dx):
-    y, values, indices = residuals
-    dy = _product(static, dx, values, indices).astype(y.dtype)
-    out = dataclasses.replace(static, out=values.dtype)
-    return dy, _sampled(out, dx, y, indices), None
-
-
-def _sampled_bwd(static, residuals, dvalues):
-    x, y, indices = residuals
-    dx = _transposed_product(static, y, dvalues, indices).astype(x.dtype)
-    dy = _product(static, x, dvalues, indices).astype(y.dtype)
-    return dx, dy, None
-
-
-_product.defvjp(_keep(_product), _product_bwd)
-_transposed_product.defvjp(_keep(_transposed_product), _transposed_product_bwd)
-_sampled.defvjp(_keep(_sampled), _sampled_bwd)
-
-
-# --- Calls of the kernels -------------------------------------------------------------
+_product, _, _ = closed_products(_multiply)
 
 
 @_dispatch.jit
@@ -204,26 +146,20 @@ def _call(how, x, other, indices):
     """Product of x with values, or of x with dy; ``how``: (static, op, out dtype)."""
     static, op, out = how
 
-    @custom_vmap
     def call(x, other, indices):
         problem = _problem(static, op, out, x, other)
         return _dispatch.call(NM_MATMUL, static.choice, problem, x, other, indices)
 
-    @call.def_vmap
-    def _(size, batched, x, *rest):
-        if op != "nm_sampled" and batched[0] and not any(batched[1:]):
-            # Only x: its batch is more rows.
-            y = call(x.reshape(-1, x.shape[-1]), *rest)
-            return y.reshape(size, x.shape[1], -1), True
-        return _map(call, batched, (x, *rest)), True
+    return batched_by_loop(call, more_rows=op != SAMPLED)(x, other, indices)
 
-    return call(x, other, indices)
+
+_OPS = {"product": "nm", "transposed": "nm_transposed", "sampled": "nm_sampled"}
 
 
 def _problem(static, op, out, x, other):
-    k = other.shape[0] // static.n * static.m if op != "nm_sampled" else x.shape[1]
+    k = x.shape[1] if op == SAMPLED else other.shape[0] // static.n * static.m
     return Problem(
-        op=op,
+        op=_OPS[op],
         rows=x.shape[0],
         k=k,
         p=other.shape[1],
