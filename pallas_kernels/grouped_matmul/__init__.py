@@ -1,0 +1,1 @@
+"""Products of rows sorted by group, a matrix per group: ``product`` and ``sampled``."""
