@@ -18,7 +18,19 @@ from sparsejax.ops._fan_in_matmul import fan_in_matmul as fan_in_matmul
 from sparsejax.ops._fan_in_matmul import (
     fan_in_matmul_reference as fan_in_matmul_reference,
 )
+from sparsejax.ops._grouped_matmul import grouped_matmul as grouped_matmul
+from sparsejax.ops._grouped_matmul import (
+    grouped_matmul_reference as grouped_matmul_reference,
+)
+from sparsejax.ops._grouped_matmul import (
+    transposed_grouped_matmul as transposed_grouped_matmul,
+)
+from sparsejax.ops._grouped_matmul import (
+    transposed_grouped_matmul_reference as transposed_grouped_matmul_reference,
+)
 from sparsejax.ops._masked_matmul import masked_matmul as masked_matmul
+from sparsejax.ops._moe_mlp import moe_mlp as moe_mlp
+from sparsejax.ops._moe_mlp import moe_mlp_reference as moe_mlp_reference
 from sparsejax.ops._nm_matmul import nm_matmul as nm_matmul
 from sparsejax.ops._nm_matmul import nm_matmul_reference as nm_matmul_reference
 
@@ -27,9 +39,15 @@ __all__ = [
     "block_sparse_matmul_reference",
     "fan_in_matmul",
     "fan_in_matmul_reference",
+    "grouped_matmul",
+    "grouped_matmul_reference",
     "masked_matmul",
+    "moe_mlp",
+    "moe_mlp_reference",
     "nm_matmul",
     "nm_matmul_reference",
     "sampled_matmul",
     "sampled_matmul_reference",
+    "transposed_grouped_matmul",
+    "transposed_grouped_matmul_reference",
 ]
