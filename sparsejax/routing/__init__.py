@@ -16,6 +16,12 @@ load
     Choices that an expert serves.
 """
 
+from sparsejax.routing._capacity import capacity as capacity
 from sparsejax.routing._routing import Routing as Routing
+from sparsejax.routing._top_k import top_k as top_k
 
-__all__ = ["Routing"]
+__all__ = [
+    "Routing",
+    "capacity",
+    "top_k",
+]
