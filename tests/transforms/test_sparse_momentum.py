@@ -39,6 +39,25 @@ def test_the_average_of_dense_gradients():
     np.testing.assert_array_equal(memory["w"], row(2.75, -2.75, 1, -0.25))
 
 
+def test_the_average_is_kept_in_its_own_dtype():
+    # 0.75 * 1 + 0.25 * 1.02 = 1.005 is no bfloat16: those next to it are 1 and 1.0078.
+    given = {"w": row(1.02)}
+    for dtype, want in ((jnp.bfloat16, 1.0078125), (jnp.float32, 1.005)):
+        updater = transforms.sparse_momentum(
+            sparsity=0.5, end=9, key=KEY, decay=0.75, average_dtype=dtype
+        )
+        _, memory = updater.init({"w": jnp.ones((1, 1))}, KEY)
+        assert memory["w"].dtype == dtype
+        memory = observed(updater, {"w": row(1).astype(dtype)}, given)
+        assert memory["w"].dtype == dtype
+        np.testing.assert_allclose(memory["w"].astype(jnp.float32), row(want), 1e-6)
+
+
+def test_an_average_of_integers_is_refused():
+    with pytest.raises(ValueError, match="average_dtype: got"):
+        transforms.sparse_momentum(sparsity=0.5, end=9, key=KEY, average_dtype=int)
+
+
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("bad", [jnp.nan, jnp.inf, -jnp.inf, 3.4e38])
 def test_gradients_that_are_not_finite_never_enter_the_average(bad, dtype):
