@@ -24,6 +24,15 @@ from sparsejax.layers._condensed_linear import apply_nm_linear as apply_nm_linea
 from sparsejax.layers._condensed_linear import init_fan_in_linear as init_fan_in_linear
 from sparsejax.layers._condensed_linear import init_nm_linear as init_nm_linear
 from sparsejax.layers._convert import convert as convert
+from sparsejax.layers._grouped_projection import (
+    GroupedProjectionSpec as GroupedProjectionSpec,
+)
+from sparsejax.layers._grouped_projection import (
+    apply_grouped_projection as apply_grouped_projection,
+)
+from sparsejax.layers._grouped_projection import (
+    init_grouped_projection as init_grouped_projection,
+)
 from sparsejax.layers._iso_flop import apply_iso_flop as apply_iso_flop
 from sparsejax.layers._iso_flop import init_iso_flop as init_iso_flop
 from sparsejax.layers._iso_flop import iso_flop as iso_flop
@@ -44,6 +53,10 @@ from sparsejax.layers._linear import (
     init_block_sparse_linear as init_block_sparse_linear,
 )
 from sparsejax.layers._linear import init_masked_linear as init_masked_linear
+from sparsejax.layers._moe import MoEAux as MoEAux
+from sparsejax.layers._moe import MoESpec as MoESpec
+from sparsejax.layers._moe import apply_moe as apply_moe
+from sparsejax.layers._moe import init_moe as init_moe
 
 __all__ = [
     "BlockSparseLinearSpec",
@@ -55,7 +68,10 @@ __all__ = [
     "CondensedNM",
     "CondensedRegion",
     "FanInLinearSpec",
+    "GroupedProjectionSpec",
     "MaskedLinearSpec",
+    "MoEAux",
+    "MoESpec",
     "NMLinearSpec",
     "SparseDopedSpec",
     "SparseFactorizedSpec",
@@ -64,16 +80,20 @@ __all__ = [
     "apply_block_sparse_linear",
     "apply_condensed",
     "apply_fan_in_linear",
+    "apply_grouped_projection",
     "apply_iso_flop",
     "apply_masked_linear",
+    "apply_moe",
     "apply_nm_linear",
     "condense",
     "convert",
     "expand_condensed",
     "init_block_sparse_linear",
     "init_fan_in_linear",
+    "init_grouped_projection",
     "init_iso_flop",
     "init_masked_linear",
+    "init_moe",
     "init_nm_linear",
     "iso_flop",
     "iso_flop_chain",

@@ -13,11 +13,15 @@ from sparsejax.linen._iso_flop import SparseParallel as SparseParallel
 from sparsejax.linen._iso_flop import SparseWide as SparseWide
 from sparsejax.linen._linear import BlockSparseLinear as BlockSparseLinear
 from sparsejax.linen._linear import MaskedLinear as MaskedLinear
+from sparsejax.linen._moe import GroupedProjection as GroupedProjection
+from sparsejax.linen._moe import MoE as MoE
 
 __all__ = [
     "BlockSparseLinear",
     "FanInLinear",
+    "GroupedProjection",
     "MaskedLinear",
+    "MoE",
     "NMLinear",
     "SparseDoped",
     "SparseFactorized",

@@ -15,18 +15,24 @@ from sparsejax.nnx._iso_flop import SparseParallel as SparseParallel
 from sparsejax.nnx._iso_flop import SparseWide as SparseWide
 from sparsejax.nnx._linear import BlockSparseLinear as BlockSparseLinear
 from sparsejax.nnx._linear import MaskedLinear as MaskedLinear
+from sparsejax.nnx._moe import Balance as Balance
+from sparsejax.nnx._moe import GroupedProjection as GroupedProjection
+from sparsejax.nnx._moe import MoE as MoE
 from sparsejax.nnx._variables import GrowthProbe as GrowthProbe
 from sparsejax.nnx._variables import Layout as Layout
 from sparsejax.nnx._variables import Mask as Mask
 
 __all__ = [
+    "Balance",
     "BlockSparseLinear",
     "FanInLinear",
+    "GroupedProjection",
     "GrowthProbe",
     "Indices",
     "Layout",
     "Mask",
     "MaskedLinear",
+    "MoE",
     "NMLinear",
     "SparseDoped",
     "SparseFactorized",
