@@ -129,13 +129,19 @@ def config_mosaic_gpu(problem: Problem, chip: str | None) -> Config:
     """
     programs = _HOPPER_MULTIPROCESSORS.get(chip, _HOPPER_MULTIPROCESSORS[None])
     width = problem.k if problem.op == "grouped_transposed" else problem.n
-    tile_m = 128 if problem.m > 96 * problem.groups else 64
     wide = 256 if width > 128 else 128
-    # Two buffers of a piece for each of two warpgroups.
-    out = 4 * HOPPER_PIECE**2 * 2
-    stage = 2 * HOPPER_PIECE * (tile_m + wide)
+    # What a result leaves through: 64 x 64 for each of two warpgroups; for a product
+    # twice, swizzled for whole pieces and not for parts.
+    out = 2 * HOPPER_PIECE**2 * 4
+    if problem.op == "grouped_sampled":
+        tile_m = HOPPER_PIECE
+        tile_k, tile_n = (128 if problem.k > HOPPER_PIECE else HOPPER_PIECE), wide
+        stage = 2 * tile_m * (tile_k + tile_n)
+    else:
+        tile_m = 128 if problem.m > 96 * problem.groups else 64
+        tile_k, tile_n = HOPPER_PIECE, wide
+        if problem.op == "grouped_transposed":
+            tile_k, tile_n = tile_n, tile_k
+        stage = 2 * HOPPER_PIECE * (tile_m + wide)
     stages = min(6, (_HOPPER_SMEM - _HOPPER_BARRIERS - out) // stage)
-    tile_k, tile_n = HOPPER_PIECE, wide
-    if problem.op == "grouped_transposed":
-        tile_k, tile_n = tile_n, tile_k
     return Config(tile_m, tile_k, tile_n, stages=stages, programs=programs)
