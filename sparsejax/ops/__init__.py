@@ -14,6 +14,9 @@ from sparsejax.ops._block_sparse_matmul import sampled_matmul as sampled_matmul
 from sparsejax.ops._block_sparse_matmul import (
     sampled_matmul_reference as sampled_matmul_reference,
 )
+from sparsejax.ops._expert_parallel import (
+    expert_parallel_moe_mlp as expert_parallel_moe_mlp,
+)
 from sparsejax.ops._fan_in_matmul import fan_in_matmul as fan_in_matmul
 from sparsejax.ops._fan_in_matmul import (
     fan_in_matmul_reference as fan_in_matmul_reference,
@@ -37,6 +40,7 @@ from sparsejax.ops._nm_matmul import nm_matmul_reference as nm_matmul_reference
 __all__ = [
     "block_sparse_matmul",
     "block_sparse_matmul_reference",
+    "expert_parallel_moe_mlp",
     "fan_in_matmul",
     "fan_in_matmul_reference",
     "grouped_matmul",
