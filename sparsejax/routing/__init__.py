@@ -16,12 +16,28 @@ load
     Choices that an expert serves.
 """
 
+from sparsejax.routing._balance import update_bias as update_bias
 from sparsejax.routing._capacity import capacity as capacity
+from sparsejax.routing._losses import entropy as entropy
+from sparsejax.routing._losses import importance_loss as importance_loss
+from sparsejax.routing._losses import load_balance_loss as load_balance_loss
+from sparsejax.routing._losses import load_loss as load_loss
+from sparsejax.routing._losses import z_loss as z_loss
+from sparsejax.routing._metrics import RoutingMetrics as RoutingMetrics
+from sparsejax.routing._metrics import routing_metrics as routing_metrics
 from sparsejax.routing._routing import Routing as Routing
 from sparsejax.routing._top_k import top_k as top_k
 
 __all__ = [
     "Routing",
+    "RoutingMetrics",
     "capacity",
+    "entropy",
+    "importance_loss",
+    "load_balance_loss",
+    "load_loss",
+    "routing_metrics",
     "top_k",
+    "update_bias",
+    "z_loss",
 ]
