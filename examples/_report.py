@@ -19,7 +19,7 @@ import rich.console
 import rich.progress
 import rich.table
 
-from sparsejax import transforms
+from sparsejax import routing, transforms
 from sparsejax.layouts import BlockLayout
 
 # Told apart also without colour vision (Okabe and Ito).
@@ -88,7 +88,7 @@ class Display:
                 completed=run.step,
                 loss=math.nan,
                 speed=math.nan,
-                density=density(topology_of(run.state, run.config)),
+                density=density(topology_of(run.state, run.config), run.config),
             )
             for run in runs
         }
@@ -122,11 +122,16 @@ def finish(runs: Sequence[Any], out: pathlib.Path) -> None:
     """Prints the table and writes ``summary.json`` and the pictures."""
     rows = [summarize(run) for run in runs]
     (out / "summary.json").write_text(json.dumps(rows, indent=2) + "\n")
-    plot_loss(runs, out / "loss.png")
-    plot_topology(runs, out / "topology.png")
+    pictures = {"loss.png": plot_loss}
+    if any(run.first_topology for run in runs):
+        pictures["topology.png"] = plot_topology
+    if any(run.config.ffn == "moe" and run.log.records for run in runs):
+        pictures["load.png"] = plot_load
+    for name, plot in pictures.items():
+        plot(runs, out / name)
     console = rich.console.Console()
     console.print(make_table(rows))
-    console.print(f"wrote {out}/loss.png, topology.png, summary.json and the logs")
+    console.print(f"wrote {', '.join(pictures)}, summary.json and the logs to {out}")
 
 
 # ---- numbers -----------------------------------------------------------------------
@@ -176,8 +181,10 @@ def pool(mask: jax.Array, side: int) -> np.ndarray:
     return total / area
 
 
-def density(topology: dict[str, np.ndarray]) -> float:
-    """Share kept of the sparse layers; 1 where there are none."""
+def density(topology: dict[str, np.ndarray], config: Any) -> float:
+    """Share of the feed-forward weights that a token meets; 1 where none are sparse."""
+    if config.ffn == "moe":
+        return config.experts_per_token / config.experts
     sizes = sum(share.size for share in topology.values())
     return (
         sum(float(share.sum()) for share in topology.values()) / sizes if sizes else 1
@@ -194,6 +201,14 @@ def stored_parameters(run: Any) -> int:
     return sum(p.size for p in jax.tree.leaves(run.state.params)) - padding
 
 
+def idle_parameters(config: Any) -> int:
+    """How many of a mixture's parameters a token does not use."""
+    if config.ffn != "moe":
+        return 0
+    expert = 2 * config.width * (config.expert_width or config.ffn_width)
+    return config.layers * (config.experts - config.experts_per_token) * expert
+
+
 def flops_per_token(run: Any) -> int:
     """Of a train step: forward, and backward at twice that.
 
@@ -203,6 +218,7 @@ def flops_per_token(run: Any) -> int:
     config = run.config
     norms = (2 * config.layers + 1) * config.width
     products = stored_parameters(run) - norms - 256 * config.width
+    products -= idle_parameters(config)
     return 6 * products + 12 * config.layers * config.length * config.width
 
 
@@ -217,7 +233,7 @@ def summarize(run: Any) -> dict[str, Any]:
         "name": run.name,
         "ffn": config.ffn,
         "updater": config.updater,
-        "density": density(topology_of(run.state, config)),
+        "density": density(topology_of(run.state, config), config),
         "steps": run.step,
         "validation_bits_per_byte": run.validation,
         "stored_parameters": stored_parameters(run),
@@ -298,12 +314,26 @@ def plot_loss(runs: Sequence[Any], path: pathlib.Path) -> None:
     plt.close(figure)
 
 
+def plot_load(runs: Sequence[Any], path: pathlib.Path) -> None:
+    """Tokens per expert while training, per layer; of the first mixture of experts."""
+    run = next(run for run in runs if run.config.ffn == "moe" and run.log.records)
+    records, layers = run.log.records, run.config.layers
+    some = max(2, 24 // layers)  # first and last turn at least; 24 lines can be read
+    turns = np.unique(np.linspace(0, len(records) - 1, some).round().astype(int))
+    loads = {
+        f"layer {layer}, step {records[turn]['step']}": records[turn]["load"][layer]
+        for layer in range(layers)
+        for turn in turns
+    }
+    figure = routing.plot_expert_load(loads, rows="mean of the steps up to this one")
+    figure.suptitle(f"{run.name}: tokens per expert")
+    figure.savefig(path, dpi=150)
+
+
 def plot_topology(runs: Sequence[Any], path: pathlib.Path) -> None:
     """Which blocks are alive before and after, per layer; of the first sparse run."""
     sparse = [run for run in runs if run.first_topology]
     moving = [run for run in sparse if run.config.updater != "static"]
-    if not sparse:
-        return
     run = (moving or sparse)[0]
     after = topology_of(run.state, run.config)
     # Up before down; in both the hidden features run to the right.

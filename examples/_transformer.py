@@ -1,9 +1,11 @@
 """The decoder-only transformer of ``pretrain_lm.py``: bytes in, logits out.
 
 Pre-norm, rotary positions, squared ReLU. Only the feed-forward weights are ever sparse;
-everything else is Flax as it comes. Shapes: B sequences, T bytes, d features, H heads.
+everything else is Flax as it comes. Shapes: B sequences, T bytes, d features, H heads,
+E experts.
 """
 
+import functools
 from typing import Any
 
 import _data
@@ -13,6 +15,7 @@ import numpy as np
 from flax import nnx
 
 import sparsejax.nnx
+import sparsejax.routing
 
 
 def rotate(x: jax.Array) -> jax.Array:
@@ -59,6 +62,11 @@ class Attention(nnx.Module):
         return self.out(y.reshape(b, t, d))
 
 
+def squared_relu(x: jax.Array) -> jax.Array:
+    """Zero below zero, the square above."""
+    return jnp.square(jax.nn.relu(x))
+
+
 class Mlp(nnx.Module):
     """Feed-forward layer with squared ReLU: where the sparsity is."""
 
@@ -83,7 +91,33 @@ class Mlp(nnx.Module):
 
     def __call__(self, x):
         """(B, T, d) -> (B, T, d), by (B, T, ffn_width)."""
-        return self.down(jnp.square(jax.nn.relu(self.up(x))))
+        return self.down(squared_relu(self.up(x))), None
+
+
+class MoeMlp(nnx.Module):
+    """The same, of which each token takes ``experts_per_token`` of many."""
+
+    def __init__(self, config: Any, implementation: str | None, *, rngs: nnx.Rngs):
+        self.moe = sparsejax.nnx.MoE(
+            config.width,
+            config.expert_width or config.ffn_width,
+            num_experts=config.experts,
+            # Weights sum to 1. Dividing by the sum itself would take most of the
+            # gradient from the router while experts are alike.
+            router=functools.partial(
+                sparsejax.routing.top_k,
+                k=config.experts_per_token,
+                normalize="sum_stopgrad",
+            ),
+            activation=squared_relu,
+            dtype=jnp.dtype(config.dtype),
+            implementation=implementation,
+            rngs=rngs,
+        )
+
+    def __call__(self, x):
+        """(B, T, d) -> (B, T, d), and what the experts were."""
+        return self.moe(x)
 
 
 class Block(nnx.Module):
@@ -94,12 +128,14 @@ class Block(nnx.Module):
         self.norm1 = RMSNorm(d)
         self.attention = Attention(config, rngs=rngs)
         self.norm2 = RMSNorm(d)
-        self.mlp = Mlp(config, implementation, rngs=rngs)
+        kind = MoeMlp if config.ffn == "moe" else Mlp
+        self.mlp = kind(config, implementation, rngs=rngs)
 
     def __call__(self, x):
-        """(B, T, d) -> (B, T, d)."""
+        """(B, T, d) -> (B, T, d), and a MoEAux or None."""
         x = x + self.attention(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
+        y, experts = self.mlp(self.norm2(x))
+        return x + y, experts
 
 
 class Transformer(nnx.Module):
@@ -120,16 +156,20 @@ class Transformer(nnx.Module):
         )
 
     def __call__(self, tokens):
-        """Integers (B, T) -> float32 (B, T, 256)."""
+        """Integers (B, T) -> float32 (B, T, 256), and a MoEAux of all layers."""
         x = self.embed(tokens)  # (B, T, d)
         apply = lambda graphdef, state, x: nnx.merge(graphdef, state)(x)
         if self.remat:  # keep one (B, T, d) per block for the backward pass
             apply = jax.checkpoint(apply, static_argnums=0)
         if isinstance(self.blocks, Block):
             graphdef, state = nnx.split(self.blocks)
-            layer = lambda x, state: (apply(graphdef, state, x), None)
-            x, _ = jax.lax.scan(layer, x, state)
+            layer = lambda x, state: apply(graphdef, state, x)
+            x, experts = jax.lax.scan(layer, x, state)
         else:
+            experts = []
             for block in self.blocks:
-                x = apply(*nnx.split(block), x)
-        return self.head(self.norm(x)).astype(jnp.float32)  # (B, T, 256)
+                x, of_block = apply(*nnx.split(block), x)
+                experts.append(of_block)
+            experts = jax.tree.map(lambda *layers: jnp.stack(layers), *experts)
+        logits = self.head(self.norm(x)).astype(jnp.float32)  # (B, T, 256)
+        return logits, experts

@@ -2,7 +2,8 @@
 
 A decoder-only transformer on real text (by default the Python standard library's own
 sources, nothing to download). The feed-forward weights are dense, masked, or stored as
-blocks that move while the model trains. The commands, from the repository's root:
+blocks that move while the model trains, or belong to experts of which each token uses a
+few. The commands, from the repository's root:
 
     # a dense and a block-sparse model (90%, RigL) side by side, minutes on two cores
     python examples/pretrain_lm.py --compare dense,block_sparse
@@ -14,6 +15,10 @@ blocks that move while the model trains. The commands, from the repository's roo
     # what the moving topology buys: against a random one that stays
     python examples/pretrain_lm.py --compare block_sparse:rigl,block_sparse:static
 
+    # experts against a dense model of equal work per token: width 1024, two of eight
+    python examples/pretrain_lm.py --compare dense,moe --experts 8 \
+        --experts-per-token 2 --expert-width 1024
+
     # GPT-2 small's body in bf16 over four chips; your own text
     python examples/pretrain_lm.py --preset 124m --mesh fsdp=4 --ffn block_sparse \
         --data corpus/ --checkpoint-dir gs://bucket/run --checkpoint-every 1000
@@ -21,7 +26,8 @@ blocks that move while the model trains. The commands, from the repository's roo
 Two programs train a block-sparse model, each compiled once: the train step, in which no
 array has the shape of a sparse layer's weight, and, every ``--every`` steps, the
 topology step, which drops the blocks of smallest norm and grows those whose gradient
-has the largest. Writes ``loss.png``, ``topology.png``, ``<run>.jsonl`` and
+has the largest. What keeps experts busy is a load-balance loss, and a z-loss of the
+router. Writes ``loss.png``, ``topology.png`` or ``load.png``, ``<run>.jsonl`` and
 ``summary.json`` to ``--out``, and prints a table.
 """
 
@@ -49,6 +55,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import sparsejax as sj
 import sparsejax.checkpoint
 import sparsejax.nnx
+import sparsejax.routing
 import sparsejax.schedules
 import sparsejax.topology
 import sparsejax.transforms
@@ -63,7 +70,15 @@ UPDATERS = {
     "dense": ("none",),
     "masked": ("rigl", "static", "set", "gradual_magnitude"),
     "block_sparse": ("rigl", "static", "set"),
+    "moe": ("none",),
 }
+
+# Flags that say nothing of other feed-forward layers.
+FITS = dict.fromkeys(
+    ("sparsity", "updater"), ("masked", "block_sparse")
+) | dict.fromkeys(
+    ("experts", "experts_per_token", "expert_width", "load_balance", "z_loss"), ("moe",)
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +91,11 @@ class Config:
     block: int = 64
     every: int = 20  # steps between topology steps
     fraction: float = 0.1  # of the blocks that move, at first
+    experts: int = 8  # E
+    experts_per_token: int = 2  # k
+    expert_width: int = 0  # 0: ffn_width
+    load_balance: float = 1e-2  # weight of that loss, the mean over layers
+    z_loss: float = 1e-3  # likewise
     layers: int = 2
     width: int = 512  # d
     heads: int = 8  # H
@@ -143,9 +163,15 @@ def check(config: Config) -> None:
         config.updater,
         f"one of {', '.join(updaters)} with --ffn {config.ffn}",
     )
-    for flag in ("steps", "every", "batch", "length", "layers", "block"):
+    for flag in ("steps", "every", "batch", "length", "layers", "block", "experts"):
         got = getattr(config, flag)
         need(got > 0, flag, got, "at least 1")
+    k = config.experts_per_token
+    most = f"1 to {config.experts}, --experts"
+    need(1 <= k <= config.experts, "experts-per-token", k, most)
+    for flag in ("expert_width", "load_balance", "z_loss"):
+        got = getattr(config, flag)
+        need(got >= 0, flag.replace("_", "-"), got, "at least 0")
     need(0 < config.fraction <= 1, "fraction", config.fraction, "above 0, at most 1")
     need(
         config.width % (2 * config.heads) == 0,
@@ -175,13 +201,20 @@ class State(NamedTuple):
     step: jax.Array  # int32 []
 
 
+class Losses(NamedTuple):
+    """What a step tells of its batch."""
+
+    loss: jax.Array  # cross-entropy, in nats
+    load: jax.Array | None = None  # int32 (layers, E): tokens at each expert
+
+
 class Programs(NamedTuple):
     """The jitted functions of a run, and what they take: shapes and shardings."""
 
     init: Callable[[jax.Array], State]
-    train_step: Callable[[State, jax.Array], tuple[State, jax.Array]]
+    train_step: Callable[[State, jax.Array], tuple[State, Losses]]
     topology_step: Callable[[State, jax.Array], State] | None
-    evaluate: Callable[[State, jax.Array], jax.Array]
+    evaluate: Callable[[State, jax.Array], Losses]
     state: State  # of jax.ShapeDtypeStruct
     batch: jax.ShapeDtypeStruct  # uint8 (B, T + 1)
 
@@ -306,18 +339,26 @@ def build(config: Config, mesh: Mesh, *, implementation: str | None = None) -> P
         specs = (param_specs, everywhere, everywhere, by_sequence)
         return jax.shard_map(f, mesh=mesh, in_specs=specs, out_specs=out_specs)
 
-    def loss_of(params, layouts, probes, batch):
-        """The mean over all devices, so that gradients are those of the whole batch."""
+    def losses_of(params, layouts, probes, batch):
+        """Means over all devices, so that gradients are those of the whole batch."""
         model = nnx.merge(graphdef, gather(params), layouts, probes)
         tokens = batch.astype(jnp.int32)
-        logits = model(tokens[:, :-1])  # (B / devices, T, 256)
+        logits, experts = model(tokens[:, :-1])  # (B / devices, T, 256)
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
-        return jax.lax.pmean(loss.mean(), axes)
+        loss = jax.lax.pmean(loss.mean(), axes)
+        if experts is None:
+            return loss, Losses(loss)
+        # Loads are of the whole batch: a device's own sequences need not be balanced.
+        of_batch = functools.partial(sj.routing.load_balance_loss, axis_name=axes)
+        balance = jax.lax.pmean(jax.vmap(of_batch)(experts.routing).mean(), axes)
+        z = jax.lax.pmean(experts.z.mean(), axes)
+        trained = loss + config.load_balance * balance + config.z_loss * z
+        return trained, Losses(loss, jax.lax.psum(experts.counts, axes))
 
     def train_step(state, batch):
         TRACES["train_step"] += 1
-        gradient_of = jax.value_and_grad(loss_of)
-        loss, gradient = on_devices(gradient_of, (everywhere, param_specs))(
+        gradient_of = jax.grad(losses_of, has_aux=True)
+        gradient, losses = on_devices(gradient_of, (param_specs, everywhere))(
             state.params, state.layouts, zeros(), batch
         )
         with jax.numpy_dtype_promotion("standard"):
@@ -326,7 +367,7 @@ def build(config: Config, mesh: Mesh, *, implementation: str | None = None) -> P
             )
             params = optax.apply_updates(state.params, updates)
         state = state._replace(params=params, opt_state=opt_state, step=state.step + 1)
-        return state, loss
+        return state, losses
 
     def topology_step(state, batch):
         TRACES["topology_step"] += 1
@@ -334,8 +375,10 @@ def build(config: Config, mesh: Mesh, *, implementation: str | None = None) -> P
         if config.updater == "rigl":
             # A probe's gradient is the norm of each block of the dense gradient, of
             # its sum over the devices.
-            scores_of = on_devices(jax.grad(loss_of, argnums=2), everywhere)
-            scores = scores_of(state.params, state.layouts, zeros(), batch)
+            score = jax.grad(losses_of, argnums=2, has_aux=True)
+            scores, _ = on_devices(score, everywhere)(
+                state.params, state.layouts, zeros(), batch
+            )
         else:  # sparse evolutionary training grows at random
             leaves, tree = jax.tree.flatten(probes)
             keys = jax.random.split(draw, len(leaves))
@@ -358,9 +401,10 @@ def build(config: Config, mesh: Mesh, *, implementation: str | None = None) -> P
 
     def evaluate(state, batch):
         TRACES["evaluate"] += 1
-        return on_devices(loss_of, everywhere)(
+        _, losses = on_devices(losses_of, everywhere)(
             state.params, state.layouts, zeros(), batch
         )
+        return losses
 
     number = NamedSharding(mesh, everywhere)
     jit = functools.partial(jax.jit, donate_argnums=0)
@@ -451,7 +495,7 @@ def train(run: Run, text: _data.Text, args) -> Iterator[int]:
     )
 
     def evaluate() -> float:
-        losses = [programs.evaluate(run.state, put(batch)) for batch in validation]
+        losses = [programs.evaluate(run.state, put(batch)).loss for batch in validation]
         return float(np.mean(losses)) / math.log(2)
 
     def timed(work: Callable[[], None]) -> float:
@@ -478,9 +522,9 @@ def train(run: Run, text: _data.Text, args) -> Iterator[int]:
         begin = time.perf_counter()
         while run.step == first or run.step % args.log_every:
             batch = put(next(run.batches))
-            run.state, loss = programs.train_step(run.state, batch)
+            run.state, of_step = programs.train_step(run.state, batch)
             run.step += 1
-            losses.append(loss)
+            losses.append(of_step)
             last = run.step == config.steps
             if config.moves and run.step % config.every == 0 and run.step <= config.end:
                 topology_seconds.append(timed(move_blocks))
@@ -490,13 +534,16 @@ def train(run: Run, text: _data.Text, args) -> Iterator[int]:
                 break
         jax.block_until_ready(run.state)
         seconds = time.perf_counter() - begin - sum(topology_seconds) - save_seconds
-        loss = float(np.mean(jax.device_get(losses)))  # of the turn
+        losses = jax.device_get(losses)
+        loss = float(np.mean([each.loss for each in losses]))  # of the turn
         record = {
             "step": run.step,
             "train_bits_per_byte": loss / math.log(2),
             "step_seconds": seconds / (run.step - first),
             "topology_step_seconds": topology_seconds,
         }
+        if config.ffn == "moe":
+            record["load"] = np.mean([each.load for each in losses], axis=0).tolist()
         if not math.isfinite(loss):
             raise FloatingPointError(
                 f"--learning-rate: got {config.learning_rate}, with which the loss of "
@@ -550,6 +597,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--block", type=int, help="side of a block; also of a tile of topology.png")
     add("--every", type=int, help="steps between changes of the topology")
     add("--fraction", type=float, help="share that moves, at first; falls by a cosine")
+    add("--experts", type=int, help="of --ffn moe, in each layer (8)")
+    add("--experts-per-token", type=int, help="of them that each token uses (2)")
+    add("--expert-width", type=int, help="hidden features of each (--ffn-width)")
+    add("--load-balance", type=float, help="weight of the load-balance loss (0.01)")
+    add("--z-loss", type=float, help="weight of the loss on router logits (0.001)")
     add("--layers", type=int, help="transformer blocks")
     add("--width", type=int, help="features between the layers")
     add("--heads", type=int, help="attention heads")
@@ -586,7 +638,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add(
         "--implementation",
         choices=("xla", "mosaic_tpu", "mosaic_gpu"),
-        help="of the block-sparse products (default: the best that serves)",
+        help="of block-sparse and experts' products (default: the best that serves)",
     )
     add(
         "--out", type=pathlib.Path, default="runs/pretrain_lm", help="folder of reports"
@@ -617,10 +669,18 @@ def configure(args: argparse.Namespace) -> dict[str, Config]:
                 f"--compare: got {name!r}, needed one of {', '.join(UPDATERS)}, each "
                 "with :updater if wanted"
             )
-        updater = updater or ("none" if ffn == "dense" else base.updater)
+        updater = updater or ("none" if UPDATERS[ffn] == ("none",) else base.updater)
         config = dataclasses.replace(base, ffn=ffn, updater=updater)
         check(config)
         configs[name.replace(":", "-")] = config
+    for flag, ffns in FITS.items():
+        got = getattr(args, flag)
+        unused = not any(config.ffn in ffns for config in configs.values())
+        if got not in (None, "none") and unused:
+            raise ValueError(
+                f"--{flag.replace('_', '-')}: got {got}, needed --ffn "
+                f"{' or '.join(ffns)}"
+            )
     for flag in ("log_every", "eval_every", "eval_batches", "checkpoint_every"):
         if getattr(args, flag) is not None and getattr(args, flag) < 1:
             raise ValueError(

@@ -11,12 +11,11 @@ from jaxtyping import Array, Bool, Float
 
 from sparsejax import ops, routing
 from sparsejax._dispatch import Choice
-from sparsejax.routing import Routing
+from sparsejax.routing import Routing, RoutingMetrics
 
 # Logits begin with this variance for inputs of variance 1: a tenth of what keeps
 # variance, as Switch Transformers found stable.
 _LOGITS_VARIANCE = 0.1
-_DRAWS = 1024  # tokens of random logits, by which the effective k is measured
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,9 +39,8 @@ class MoESpec:
       jitter: The router sees x times a uniform draw from [1 - jitter, 1 + jitter) where
         the call has a key.
       balance: Whether there is a bias of logits for auxiliary-loss-free balancing.
-      gain: Factor of the initial w_out; None: the root of the effective number of
-        experts per token, (sum w)^2 / sum w^2, that the router chooses for random
-        logits. See ``init_moe``.
+      gain: Factor of the initial w_out, see ``init_moe``; None: sqrt(k) where the
+        router is a partial function whose ``k`` is set, as above; 1 for others.
       dtype: In which experts are computed; None: promoted from x and w_in. The router
         computes in float32 whatever it is.
       param_dtype: In which experts are kept. The router's kernel is float32.
@@ -88,18 +86,19 @@ class MoEAux(NamedTuple):
     """What a mixture of experts returns beside y; scalars and small arrays.
 
     Attributes:
-      load_balance: ``routing.load_balance_loss``; 1 at perfect balance.
+      load_balance: ``routing.load_balance_loss`` of these tokens; 1 at perfect balance.
       z: ``routing.z_loss`` of the router's logits.
-      counts: Tokens that asked for each expert, int32 ``[e]``: what
-        ``routing.update_bias`` takes. Sum them over devices first.
-      metrics: ``routing.metrics``.
-      routing: The ``Routing`` itself, for any other loss.
+      counts: Choices of each expert before any was turned away, int32 ``[e]``: what
+        ``routing.update_bias`` takes, after a sum over devices and micro-batches.
+      metrics: ``routing.routing_metrics``: load per expert, share dropped, entropies.
+      routing: The ``Routing`` itself, for any other loss, such as that of the balance
+        over all devices.
     """
 
     load_balance: Float[Array, ""]
     z: Float[Array, ""]
     counts: Array
-    metrics: Any
+    metrics: RoutingMetrics
     routing: Routing
 
 
@@ -107,11 +106,10 @@ def init_moe(key: Array, spec: MoESpec) -> tuple[dict[str, Array], dict[str, Arr
     """Draws parameters.
 
     All are normal. Logits have variance 0.1 for x of variance 1; w_in, w_gate and the
-    shared experts are as in a dense layer, of variance 1 / fan-in; w_out has the
-    variance gain^2 / f. A sum of k independent terms of weights 1 / k has 1 / k of the
-    variance of one, so gain = sqrt(k) gives y the variance that a dense feed-forward
-    layer gives it; for other weights k is the effective (sum w)^2 / sum w^2. With
-    shared experts both halves have half of that variance.
+    shared experts have variance 1 / fan-in, as in a dense layer; w_out has gain^2 / f.
+    A sum of k independent terms of weights 1 / k has 1 / k of the variance of one, so
+    gain = sqrt(k) gives y the variance that it has in a dense layer. For other weights
+    it is (sum w) / sqrt(sum w^2). With shared experts both halves have half of it.
 
     Args:
       key: PRNG key.
@@ -122,9 +120,6 @@ def init_moe(key: Array, spec: MoESpec) -> tuple[dict[str, Array], dict[str, Arr
       "w_out" [e, f, d], and, where there are shared experts, "shared_in" [d, s],
       "shared_gate" [d, s] where gated, "shared_out" [s, d]},
       {"balance" float32 zeros [e]} where ``spec.balance``, else {}).
-
-    Raises:
-      ValueError: ``gain`` is None and the router needs more than logits.
     """
     d, f, e = spec.features, spec.hidden_features, spec.num_experts
     s = spec.shared_experts * f
@@ -239,7 +234,7 @@ def apply_moe(
         load_balance=routing.load_balance_loss(chosen),
         z=routing.z_loss(logits, mask=mask),
         counts=chosen.counts() if chosen.demand is None else chosen.demand,
-        metrics=routing.metrics(chosen),
+        metrics=routing.routing_metrics(chosen),
         routing=chosen,
     )
     return y.reshape(*batch, spec.features), aux
@@ -307,24 +302,10 @@ def _names(spec):
 
 
 def _gain(spec):
-    """Root of the effective number of experts per token; the same for every key."""
     if spec.gain is not None:
         return spec.gain
-    shape = (_DRAWS, spec.num_experts)
-    try:
-        inspect.signature(spec.router).bind(None)
-    except TypeError as error:
-        raise ValueError(
-            "gain: got None, needed a number, sqrt(k) for k experts of weights that "
-            f"sum to 1: the router does not take logits alone ({error})"
-        ) from None
-    logits = _LOGITS_VARIANCE**0.5 * jax.random.normal(jax.random.key(0), shape)
-    chosen = _route(spec, logits, None, None, jax.random.key(1), {})
-    tokens, _, weights = chosen.choices()
-    zeros = jnp.zeros(_DRAWS, jnp.float32)
-    total, squares = zeros.at[tokens].add(weights), zeros.at[tokens].add(weights**2)
-    tiny = jnp.finfo(jnp.float32).tiny
-    return jnp.sqrt(jnp.sum(total**2) / jnp.maximum(jnp.sum(squares), tiny))
+    k = inspect.signature(spec.router).parameters.get("k")
+    return k.default**0.5 if k is not None and isinstance(k.default, int) else 1.0
 
 
 def _takes(function, name):
