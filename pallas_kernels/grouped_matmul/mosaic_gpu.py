@@ -3,10 +3,10 @@
 Memory plan. A kernel is ``programs`` persistent programs, one per multiprocessor, which
 take output tiles in turn. Of a program's three warpgroups one copies: per step TMA
 brings a piece of each operand into one of ``stages`` sets of buffers in SMEM, swizzled.
-The other two compute half of the tile's columns each, accumulators in registers. Copies
-run ahead across tiles: while a result is stored, the buffers fill for the next tile. A
-result goes through SMEM by pieces of 64 x 64. How many tiles and steps there are is
-data; a program that gets no tile leaves.
+The other two compute half of the tile each, 64 rows where it has 128, accumulators in
+registers. Copies run ahead across tiles: while a result is stored, the buffers fill for
+the next tile. A result goes through SMEM by pieces of 64 x 64. How many tiles and steps
+there are is data; a program that gets no tile leaves.
 
 ``product``. A row tile is ``tile_m`` rows of one group, from a multiple of 8 on; XLA
 lists the tiles beforehand (group, start, the rows that count), so a program looks
@@ -14,9 +14,9 @@ nothing up and the number of groups costs nothing. Programs take them in strips 
 ``group``, column by column: neighbours share matrix and rows in L2. Where all 64 rows
 of a piece are of the group it leaves in one swizzled copy; at a group's ends in copies
 of 2**i rows each, so that no row of another group is touched. Rows of other groups, or
-beyond the array (zeros then), are multiplied and not stored: a row of the product
-depends on that row of x alone, so nothing leaks, NaN neither. The tail is a group of
-its own, of no step: the accumulators' zeros are stored.
+beyond the array, are multiplied and not stored: a row of the product depends on that
+row of x alone, so nothing leaks, NaN neither. The tail is a group of its own, of no
+step: the accumulators' zeros are stored.
 
 ``sampled``. A tile is [tile_k, tile_n] of one group's result, a step ``tile_m`` of the
 group's rows, from a multiple of 8 on. In the first and the last step the warpgroups
@@ -46,7 +46,7 @@ COMPUTE = 2
 # Registers per thread: 64 K of them are shared by 128 threads of each warpgroup.
 _COPY_REGISTERS, _COMPUTE_REGISTERS = 40, 232
 # Rows that a swizzled tile in SMEM is high; copies start at a multiple.
-_ROWS = 8
+ROWS = 8
 
 
 def product(
@@ -79,55 +79,47 @@ def product(
     deep, wide = config.tile_k, config.tile_n
     if transpose:
         deep, wide = wide, deep
-    tile_m, share = config.tile_m, wide // COMPUTE
+    tile_m = config.tile_m
     tiles, count = row_tiles(sizes, m, tile_m)
 
-    def plan(x_gmem, w_gmem, tiles_gmem, count_gmem, y_gmem, whole_smem, part_smem):
-        warpgroup = lax.axis_index("warpgroup")
+    def plan(x_gmem, w_gmem, tiles_gmem, count_gmem, y_gmem, *pieces):
+        row, column, shape = share(tile_m, wide)
         total, place = places(tiles_gmem, count_gmem, pl.cdiv(width, wide), config)
 
         def steps(tile):
             return jnp.where(tile.group < groups, jnp.int32(inner // deep), 0)
 
-        def fetch(tile, i):
+        def fetch(tile, i, x_smem, w_smem):
             along, across = pl.ds(i * deep, deep), pl.ds(tile.column * wide, wide)
             piece = (across, along) if transpose else (along, across)
-            return (
-                x_gmem.at[pl.ds(tile.start * _ROWS, tile_m), along],
-                w_gmem.at[(tile.group, *piece)],
-            )
+            return [
+                (x_gmem.at[pl.ds(tile.start * ROWS, tile_m), along], x_smem),
+                (w_gmem.at[(tile.group, *piece)], w_smem),
+            ]
 
-        def multiply(tile, i, accs, x_smem, w_smem):
+        def multiply(tile, i, acc, x_smem, w_smem):
             del tile, i
-            mine = pl.ds(warpgroup * share, share)
-            piece = transposed(w_smem.at[mine]) if transpose else w_smem.at[:, mine]
-            plgpu.wgmma(accs[0], x_smem, piece)
+            rows, columns = pl.ds(row, shape[0]), pl.ds(column, shape[1])
+            if transpose:
+                piece = w_smem.at[columns].transpose((1, 0))
+            else:
+                piece = w_smem.at[:, columns]
+            plgpu.wgmma(acc, x_smem.at[rows], piece)
 
-        def finish(tile, results):
-            result = results[0].astype(x.dtype)
-            for r in range(0, tile_m, _PIECE):
-                for c in range(0, share, _PIECE):
-                    at = tile.column * wide + warpgroup * share + c
-                    store_rows(
-                        result[r : r + _PIECE, c : c + _PIECE],
-                        y_gmem.at[:, pl.ds(at, _PIECE)],
-                        tile.start * _ROWS + r,
-                        tile,
-                        whole_smem.at[warpgroup],
-                        part_smem.at[warpgroup],
-                    )
+        def finish(tile, result):
+            at = tile.start * ROWS + row, tile.column * wide + column
+            store_rows(result.astype(x.dtype), y_gmem, *at, tile, *pieces)
 
         return Plan(total, place, steps, fetch, multiply, finish)
 
-    piece = plgpu.SMEM((COMPUTE, _PIECE, _PIECE), x.dtype)
     y = persistent(
         (x, w, tiles, count),
         plan,
         name="grouped_matmul" + ("_transposed" if transpose else ""),
         out_type=jax.ShapeDtypeStruct((m, width), x.dtype),
         buffers=[(tile_m, deep), (wide, deep) if transpose else (deep, wide)],
-        accumulators=[(tile_m, share)],
-        scratch=[piece, piece],
+        tile=(tile_m, wide),
+        scratch=store_rows_scratch(x.dtype),
         config=config,
         interpret=interpret,
     )
@@ -159,65 +151,52 @@ def sampled(
     x, y = whole_tiles(x), whole_tiles(y)
     (m, k), n, groups = x.shape, y.shape[1], sizes.shape[0]
     tile_m, tile_k, tile_n = config.tile_m, config.tile_k, config.tile_n
-    share, half = tile_n // COMPUTE, tile_k // COMPUTE
     down, across = pl.cdiv(k, tile_k), pl.cdiv(n, tile_n)
     first, last = row_ranges(sizes, m)
 
-    def plan(x_gmem, y_gmem, first_gmem, last_gmem, out_gmem, piece_smem, both):
+    def plan(x_gmem, y_gmem, first_gmem, last_gmem, out_gmem, pieces, both):
         warpgroup = lax.axis_index("warpgroup")
+        row, column, shape = share(tile_k, tile_n)
 
         def place(number):
             group = lax.div(number, jnp.int32(down * across))
             rest = number - group * (down * across)
-            row, column = _row_and_column(rest, jnp.int32(down), across, config.group)
+            where = _row_and_column(rest, jnp.int32(down), across, config.group)
             first, last = first_gmem[group], last_gmem[group]
-            return Tile(
-                group, lax.div(first, jnp.int32(_ROWS)), first, last, row, column
-            )
+            return Tile(group, lax.div(first, jnp.int32(ROWS)), first, last, *where)
 
         def steps(tile):
-            rows = tile.last - tile.start * _ROWS
+            rows = tile.last - tile.start * ROWS
             some = tile.last > tile.first
             return jnp.where(some, lax.div(rows + (tile_m - 1), jnp.int32(tile_m)), 0)
 
-        def fetch(tile, i):
-            rows = pl.ds((tile.start + i * (tile_m // _ROWS)) * _ROWS, tile_m)
-            return (
-                x_gmem.at[rows, pl.ds(tile.row * tile_k, tile_k)],
-                y_gmem.at[rows, pl.ds(tile.column * tile_n, tile_n)],
-            )
+        def fetch(tile, i, x_smem, y_smem):
+            rows = pl.ds((tile.start + i * (tile_m // ROWS)) * ROWS, tile_m)
+            return [
+                (x_gmem.at[rows, pl.ds(tile.row * tile_k, tile_k)], x_smem),
+                (y_gmem.at[rows, pl.ds(tile.column * tile_n, tile_n)], y_smem),
+            ]
 
-        def multiply(tile, i, accs, x_smem, y_smem):
-            row = tile.start * _ROWS + i * tile_m
-            mine = pl.ds(warpgroup * share, share)
+        def multiply(tile, i, acc, x_smem, y_smem):
+            at = tile.start * ROWS + i * tile_m
 
-            @pl.when((row < tile.first) | (tile.last < row + tile_m))
+            @pl.when((at < tile.first) | (tile.last < at + tile_m))
             def _():
-                keep = dict(row=row, first=tile.first, last=tile.last)
-                _clear_rows(x_smem.at[:, pl.ds(warpgroup * half, half)], **keep)
-                _clear_rows(y_smem.at[:, mine], **keep)
+                for ref in x_smem, y_smem:
+                    half = ref.shape[1] // COMPUTE
+                    _clear_rows(ref.at[:, pl.ds(warpgroup * half, half)], at, tile)
                 plgpu.commit_smem()
-                # Each multiplies the half of x that the other has cleared, too.
+                # Each multiplies what the other has cleared, too.
                 plgpu.barrier_arrive(both)
                 plgpu.barrier_wait(both)
 
-            plgpu.wgmma(accs[0], transposed(x_smem), y_smem.at[:, mine])
+            rows, columns = pl.ds(row, shape[0]), pl.ds(column, shape[1])
+            x_piece = x_smem.at[:, rows].transpose((1, 0))
+            plgpu.wgmma(acc, x_piece, y_smem.at[:, columns])
 
-        def finish(tile, results):
-            result = results[0].astype(dtype)
-            for r in range(0, tile_k, _PIECE):
-                for c in range(0, share, _PIECE):
-                    row = tile.row * tile_k + r
-                    at = tile.column * tile_n + warpgroup * share + c
-                    # What was stored before may still be read.
-                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                    piece = piece_smem.at[warpgroup]
-                    piece[...] = result[r : r + _PIECE, c : c + _PIECE]
-                    plgpu.commit_smem()
-                    plgpu.copy_smem_to_gmem(
-                        piece,
-                        out_gmem.at[tile.group, pl.ds(row, _PIECE), pl.ds(at, _PIECE)],
-                    )
+        def finish(tile, result):
+            at = tile.row * tile_k + row, tile.column * tile_n + column
+            _store(result.astype(dtype), out_gmem.at[tile.group], *at, pieces)
 
         total = jnp.int32(groups * down * across)
         return Plan(total, place, steps, fetch, multiply, finish)
@@ -228,9 +207,9 @@ def sampled(
         name="grouped_matmul_sampled",
         out_type=jax.ShapeDtypeStruct((groups, k, n), dtype),
         buffers=[(tile_m, tile_k), (tile_m, tile_n)],
-        accumulators=[(tile_k, share)],
+        tile=(tile_k, tile_n),
         scratch=[
-            plgpu.SMEM((COMPUTE, _PIECE, _PIECE), dtype),
+            plgpu.SMEM((COMPUTE, 1, _PIECE, _PIECE), dtype),
             plgpu.Barrier(num_arrivals=COMPUTE),
         ],
         config=config,
@@ -267,18 +246,18 @@ def row_tiles(sizes: jax.Array, m: int, tile_m: int) -> tuple[jax.Array, jax.Arr
     first, last = row_ranges(sizes, m)
     first = jnp.append(first, last[-1])
     last = jnp.append(last, jnp.int32(m))
-    aligned = first // _ROWS * _ROWS
+    aligned = first // ROWS * ROWS
     tiles = jnp.where(last > first, -(-(last - aligned) // tile_m), 0)
     after = _running_sum(tiles)
     # A part has at most 7 rows before its start and tile_m - 1 beyond its end.
-    most = (m + min(groups + 1, m) * (tile_m + _ROWS - 2)) // tile_m
+    most = (m + min(groups + 1, m) * (tile_m + ROWS - 2)) // tile_m
     number = jnp.arange(most, dtype=jnp.int32)
     group = jnp.sum(number[:, None] >= after[None, :], axis=1, dtype=jnp.int32)
     group = jnp.minimum(group, groups)
     start = aligned[group] + (number - (after - tiles)[group]) * tile_m
     first = jnp.maximum(first[group], start)
     last = jnp.minimum(last[group], start + tile_m)
-    return jnp.stack([group, start // _ROWS, first, last], axis=1), after[-1:]
+    return jnp.stack([group, start // ROWS, first, last], axis=1), after[-1:]
 
 
 def _running_sum(values):
@@ -290,7 +269,7 @@ def _running_sum(values):
 
 def whole_tiles(x):
     """Pads the rows to a multiple of 8: the SMEM tiling is applied to GMEM as well."""
-    return x if x.shape[0] % _ROWS == 0 else jnp.pad(x, ((0, -x.shape[0] % 8), (0, 0)))
+    return x if x.shape[0] % ROWS == 0 else jnp.pad(x, ((0, -x.shape[0] % 8), (0, 0)))
 
 
 # --- The persistent kernel ------------------------------------------------------------
@@ -311,9 +290,9 @@ class Plan(NamedTuple):
     """What a persistent kernel does with its tiles.
 
     ``place(number)`` is a tile, for numbers below ``total``; it takes ``steps(tile)``
-    steps. ``fetch(tile, i)`` gives the GMEM slices of step i, ``multiply(tile, i, accs,
-    *buffers)`` issues its products, one per accumulator, and ``finish(tile, results)``
-    stores what came out; these two are for one warpgroup.
+    steps. ``fetch(tile, i, *buffers)`` lists the copies of step i, (GMEM, SMEM) each.
+    For a warpgroup ``multiply(tile, i, acc, *buffers)`` issues its product and
+    ``finish(tile, result)`` stores what came out.
     """
 
     total: Any
@@ -324,6 +303,17 @@ class Plan(NamedTuple):
     finish: Callable
 
 
+def share(rows: int, columns: int):
+    """A warpgroup's share of a tile: first row, first column and shape.
+
+    By rows where that leaves it the 64 that wgmma takes: wide products read less SMEM.
+    """
+    warpgroup = lax.axis_index("warpgroup")
+    if rows == COMPUTE * _PIECE:
+        return warpgroup * _PIECE, 0, (_PIECE, columns)
+    return 0, warpgroup * (columns // COMPUTE), (rows, columns // COMPUTE)
+
+
 def persistent(
     operands,
     plan,
@@ -331,15 +321,16 @@ def persistent(
     name,
     out_type,
     buffers,
-    accumulators,
+    tile,
     scratch,
     config: Config,
     interpret,
+    copies=2,
 ):
-    """Runs ``plan(*operand refs, output ref, *scratch refs)``, see the module.
+    """Runs ``plan(*operand refs, output ref, *scratch refs)``; see the module.
 
-    ``buffers`` and ``accumulators`` are shapes: of one step's pieces, in the operands'
-    dtype, and of what one warpgroup sums up.
+    ``buffers`` are the shapes of one step's pieces, in the operands' dtype, which come
+    by ``copies`` copies; ``tile`` is the shape of a tile.
     """
     stages = config.stages
 
@@ -349,7 +340,7 @@ def persistent(
         todo = plan(*refs)
 
         def walk(visit):
-            """Calls ``visit(tile, step)``, which gives the step after, for each tile."""
+            """Calls ``visit(tile, step)`` for each tile; it gives the step after."""
             program, programs = lax.axis_index("program"), jnp.int32(config.programs)
             mine = lax.div(todo.total - program + (programs - 1), programs)
             one = lambda i, step: visit(todo.place(program + i * programs), step)
@@ -362,10 +353,9 @@ def persistent(
                 def one(i, step):
                     slot = lax.rem(step, jnp.int32(stages))
                     plgpu.barrier_wait(free.at[slot])
-                    for piece, buffer in zip(
-                        todo.fetch(tile, i), buffers_smem, strict=True
-                    ):
-                        plgpu.copy_gmem_to_smem(piece, buffer.at[slot], full.at[slot])
+                    here = [buffer.at[slot] for buffer in buffers_smem]
+                    for source, target in todo.fetch(tile, i, *here):
+                        plgpu.copy_gmem_to_smem(source, target, full.at[slot])
                     return step + 1
 
                 return lax.fori_loop(jnp.int32(0), todo.steps(tile), one, step)
@@ -377,6 +367,7 @@ def persistent(
 
         def compute():
             plgpu.set_max_registers(_COMPUTE_REGISTERS, action="increase")
+            *_, shape = share(*tile)
             for slot in range(stages):
                 plgpu.barrier_arrive(free.at[slot])
 
@@ -384,27 +375,24 @@ def persistent(
                 def release(step):
                     plgpu.barrier_arrive(free.at[lax.rem(step, jnp.int32(stages))])
 
-                def accumulate(*accs):
+                def accumulate(acc):
                     def one(i, step):
                         slot = lax.rem(step, jnp.int32(stages))
                         plgpu.barrier_wait(full.at[slot])
-                        todo.multiply(
-                            tile, i, accs, *(b.at[slot] for b in buffers_smem)
-                        )
-                        # All but this step's, which go on reading their buffers.
-                        plgpu.wgmma_wait(len(accs))
+                        here = [buffer.at[slot] for buffer in buffers_smem]
+                        todo.multiply(tile, i, acc, *here)
+                        # All but this step's, which goes on reading its buffers.
+                        plgpu.wgmma_wait(1)
                         pl.when(i > 0)(lambda: release(step - 1))
                         return step + 1
 
                     end = lax.fori_loop(jnp.int32(0), todo.steps(tile), one, step)
                     plgpu.wgmma_wait(0)
                     pl.when(end > step)(lambda: release(end - 1))
-                    return [acc[...] for acc in accs], end
+                    return acc[...], end
 
-                results, end = pl.run_scoped(
-                    accumulate, *(plgpu.ACC(s, jnp.float32) for s in accumulators)
-                )
-                todo.finish(tile, results)
+                result, end = pl.run_scoped(accumulate, plgpu.ACC(shape, jnp.float32))
+                todo.finish(tile, result)
                 return end
 
             walk(visit)
@@ -425,7 +413,7 @@ def persistent(
         scratch_types=[
             *scratch,
             *(plgpu.SMEM((stages, *shape), operands[0].dtype) for shape in buffers),
-            plgpu.Barrier(num_arrivals=len(buffers), num_barriers=stages),
+            plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
             plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=stages),
         ],
         grid=(config.programs,),
@@ -461,50 +449,73 @@ def _row_and_column(number, rows, columns: int, group: int):
     return strip * group + lax.rem(rest, height), lax.div(rest, height)
 
 
-def transposed(ref):
-    return ref.transpose((1, 0))
+def _store(result, out_gmem, row, column, pieces_smem):
+    """Stores a warpgroup's result at (row, column), piece by piece."""
+    pieces = pieces_smem.at[lax.axis_index("warpgroup")]
+    slots = pieces.shape[0]
+    for number, c in enumerate(range(0, result.shape[1], _PIECE)):
+        piece = pieces.at[number % slots]
+        # What this slot held may still be read.
+        plgpu.wait_smem_to_gmem(slots - 1, wait_read_only=True)
+        piece[...] = result[:, c : c + _PIECE]
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(
+            piece, out_gmem.at[pl.ds(row, _PIECE), pl.ds(column + c, _PIECE)]
+        )
 
 
-def store_rows(piece, y_gmem, row, tile: Tile, whole_smem, part_smem):
-    """Stores those of the piece's rows, from ``row`` on, that are of the tile's group."""
-    # What was stored before may still be read.
+def store_rows_scratch(dtype):
+    """What ``store_rows`` needs: pieces that are swizzled, and one that is not."""
+    pieces = plgpu.SMEM((COMPUTE, 2, _PIECE, _PIECE), dtype)
+    return [plgpu.RefUnion(pieces, pieces)]
+
+
+def store_rows(result, y_gmem, row, column, tile: Tile, pieces):
+    """Stores those of the result's rows, ``row`` and on, that are of the tile's group."""
+    whole_smem, part_smem = pieces
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-    def whole():
-        whole_smem[...] = piece
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(whole_smem, y_gmem.at[pl.ds(row, _PIECE)])
-
     def part():
-        part_smem[...] = piece
-        plgpu.commit_smem()
-        at = jnp.maximum(tile.first - row, 0)
-        size = jnp.minimum(tile.last - row, _PIECE) - at
-        # TMA copies a number of rows fixed beforehand: one copy per power of two.
-        height = _PIECE // 2
-        while height:
+        part = part_smem.at[lax.axis_index("warpgroup")]
+        skipped = jnp.maximum(tile.first - row, 0)
+        size = jnp.minimum(tile.last - row, _PIECE) - skipped
+        for number, c in enumerate(range(0, result.shape[1], _PIECE)):
+            columns = pl.ds(column + c, _PIECE)
+            piece = part.at[number % part.shape[0]]
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            piece[...] = result[:, c : c + _PIECE]
+            plgpu.commit_smem()
+            # TMA copies a number of rows fixed beforehand: one copy per power of two.
+            at, height = skipped, _PIECE // 2
+            while height:
 
-            @pl.when(size & height != 0)
-            def _(at=at, height=height):
-                plgpu.copy_smem_to_gmem(
-                    part_smem.at[pl.ds(at, height)], y_gmem.at[pl.ds(row + at, height)]
-                )
+                @pl.when(size & height != 0)
+                def _(at=at, height=height, piece=piece, columns=columns):
+                    plgpu.copy_smem_to_gmem(
+                        piece.at[pl.ds(at, height)],
+                        y_gmem.at[pl.ds(row + at, height), columns],
+                    )
 
-            at = at + (size & height)
-            height //= 2
+                at = at + (size & height)
+                height //= 2
 
     inside = (tile.first <= row) & (row + _PIECE <= tile.last)
     some = (tile.first < row + _PIECE) & (row < tile.last)
-    lax.cond(inside, whole, lambda: pl.when(some)(part))
+    lax.cond(
+        inside,
+        lambda: _store(result, y_gmem, row, column, whole_smem),
+        lambda: pl.when(some)(part),
+    )
 
 
-def _clear_rows(ref, *, row, first, last):
-    """Sets to zero the rows of a buffer, which starts at ``row``, not in [first, last)."""
+def _clear_rows(ref, row, tile: Tile):
+    """Sets to zero the rows of a buffer, of rows from ``row`` on, of other groups."""
     shape = (ref.shape[0], _PIECE)
-    index = row + plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=plgpu.Layout.WGMMA)
-    inside = (first <= index) & (index < last)
-    for c in range(0, ref.shape[1], _PIECE):
-        part = ref.at[:, c : c + _PIECE]
+    layout = plgpu.Layout.WGMMA
+    index = row + plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=layout)
+    inside = (tile.first <= index) & (index < tile.last)
+    for c in range(0, ref.shape[1], shape[1]):
+        part = ref.at[:, c : c + shape[1]]
         part[...] = jnp.where(inside, part[...], jnp.zeros(shape, ref.dtype))
 
 
