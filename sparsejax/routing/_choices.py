@@ -1,0 +1,126 @@
+"""What routers share: checked arguments, choices under a bound, their weights."""
+
+import operator
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from sparsejax.routing._top_k import _scores, _weights, largest
+
+Normalize = Literal["none", "sum", "sum_stopgrad"]
+Score = Literal["softmax", "sigmoid"]
+
+
+def check_scores(
+    logits: Array, mask: Array | None, *, name: str = "logits", axes: str = "[t, e]"
+) -> Float[Array, "..."]:
+    """Float32 logits, those of padding tokens 0, whatever they were."""
+    if logits.ndim != axes.count(",") + 1 or 0 in logits.shape[1:]:
+        raise ValueError(f"{name}: got shape {logits.shape}, needed {axes}")
+    check_floating(name, logits)
+    check_mask(mask, logits.shape[0])
+    # By a select, so that NaN in padding goes nowhere, nor comes back as a gradient.
+    return only_tokens(logits.astype(jnp.float32), mask)
+
+
+def check_floating(name: str, array: Array) -> None:
+    """Raises ValueError unless the dtype is a floating one."""
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        raise ValueError(f"{name}: got dtype {array.dtype}, needed a floating one")
+
+
+def check_mask(mask: Array | None, num_tokens: int) -> None:
+    """Raises ValueError unless mask is bool [t] or None."""
+    if mask is not None and (mask.shape != (num_tokens,) or mask.dtype != jnp.bool_):
+        raise ValueError(
+            f"mask: got {mask.dtype} {mask.shape}, needed bool ({num_tokens},)"
+        )
+
+
+def check_count(name: str, value: Any, most: int | None = None, of: str = "") -> int:
+    """The value as an int from 1 on, at most as many as there are."""
+    needed = f"an int from 1 to the {most} {of}" if of else "a positive int"
+    try:
+        count = operator.index(value)
+    except TypeError:
+        count = 0
+    if isinstance(value, bool) or count < 1 or (most is not None and count > most):
+        raise ValueError(f"{name}: got {value!r}, needed {needed}")
+    return count
+
+
+def check_share(
+    name: str, value: Any, shapes: Any, *, zero: bool
+) -> Float[Array, "..."]:
+    """The value in float32, without a gradient; in [0, 1] or (0, 1] where concrete."""
+    shape = jnp.shape(value)
+    if shape not in shapes:
+        needed = " or ".join(map(str, shapes))
+        raise ValueError(f"{name}: got shape {shape}, needed {needed}")
+    if not isinstance(value, jax.core.Tracer):
+        given = np.asarray(value, np.float32)
+        if not ((given >= 0 if zero else given > 0) & (given <= 1)).all():
+            interval = "[0, 1]" if zero else "(0, 1]"
+            raise ValueError(f"{name}: got {given}, needed a number in {interval}")
+    return jax.lax.stop_gradient(jnp.asarray(value, jnp.float32))
+
+
+def check_bound(max_k: Any, num_experts: int) -> int:
+    """The static bound of choices per token; None: all experts."""
+    if max_k is None:
+        return num_experts
+    return check_count("max_k", max_k, num_experts, "experts")
+
+
+def check_option(name: str, value: Any, options: Any) -> None:
+    """Raises ValueError unless the value is one of those of a Literal."""
+    if value not in options.__args__:
+        raise ValueError(f"{name}: got {value!r}, needed one of {options.__args__}")
+
+
+def only_tokens(array: Array, mask: Array | None) -> Array:
+    """The array with 0 in the rows of padding tokens."""
+    if mask is None:
+        return array
+    rows = mask.reshape(-1, *[1] * (array.ndim - 1))
+    return jnp.where(rows, array, jnp.zeros_like(array))
+
+
+def score_all(logits: Array, score: Score) -> tuple[Array, Array, Array]:
+    """Scores ``[t, e]``, their logarithms, and the scores as a distribution."""
+    check_option("score", score, Score)
+    return _scores(logits, score)
+
+
+def choose(
+    order: Float[Array, "t e"], keep: Bool[Array, "t e"], bound: int
+) -> tuple[Int[Array, "t k"], Bool[Array, "t k"]]:
+    """Of the experts to keep, the first by falling ``order``, then by rising index.
+
+    Returns:
+      indices int32, in range also where there are fewer to keep than places; valid.
+    """
+    _, indices = largest(jnp.where(keep, order, -jnp.inf), bound)
+    return indices, jnp.take_along_axis(keep, indices, axis=-1)
+
+
+def count_demand(keep: Bool[Array, "t e"]) -> Int[Array, " e"]:
+    """Tokens that asked for each expert."""
+    return jnp.sum(keep, axis=0, dtype=jnp.int32)
+
+
+def weigh(
+    scores: Float[Array, "t e"],
+    log_scores: Float[Array, "t e"],
+    indices: Int[Array, "t k"],
+    valid: Bool[Array, "t k"],
+    normalize: Normalize,
+) -> Float[Array, "t k"]:
+    """Scores of the choices, divided by their sum over a token's valid choices."""
+    check_option("normalize", normalize, Normalize)
+    chosen = jnp.take_along_axis(scores, indices, axis=-1)
+    log_chosen = jnp.take_along_axis(log_scores, indices, axis=-1)
+    return jnp.where(valid, _weights(chosen, log_chosen, valid, normalize), 0)
