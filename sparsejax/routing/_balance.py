@@ -7,12 +7,12 @@ from jaxtyping import Array, Float, Shaped
 
 
 def update_bias(
-    bias: Float[Array, "e"],
-    counts: Shaped[Array, "e"],
+    bias: Float[Array, "..."],
+    counts: Shaped[Array, "..."],
     *,
     rate: float | Float[Array, ""] = 1e-3,
     rule: Literal["sign", "proportional"] = "sign",
-) -> Float[Array, "e"]:
+) -> Float[Array, "..."]:
     r"""Raises the bias of experts with few tokens, lowers that of those with many.
 
     .. math::
@@ -25,10 +25,10 @@ def update_bias(
     nothing but grow, so its mean is kept at 0.
 
     Args:
-      bias: What was added to the scores, float32.
-      counts: Choices per expert before any was turned away, such as ``demand`` of a
-        ``Routing``, summed over devices and micro-batches: every replica must be given
-        the same.
+      bias: What was added to the scores, float32 ``[e]``.
+      counts: Choices per expert ``[e]`` before any was turned away, such as ``demand``
+        of a ``Routing``, summed over devices and micro-batches: every replica must be
+        given the same.
       rate: Size of a step, u.
       rule: "sign": equal steps, as published. "proportional": by the excess relative to
         the mean, which comes to rest at balance.

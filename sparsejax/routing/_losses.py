@@ -11,7 +11,7 @@ from sparsejax.routing._top_k import check_logits, clean, jittered, largest
 def load_balance_loss(
     routing: Routing,
     *,
-    counts: Int[Array, "e"] | None = None,
+    counts: Shaped[Array, "..."] | None = None,
     axis_name: str | tuple[str, ...] | None = None,
 ) -> Float[Array, ""]:
     r"""How far experts are from an even share of tokens; 1 where all are equal.
@@ -31,8 +31,8 @@ def load_balance_loss(
 
     Args:
       routing: What a router returned.
-      counts: Choices per expert to take f from instead of the routing's own: those of
-        a larger batch, such as the sum over accumulated micro-batches.
+      counts: Choices per expert ``[e]`` to take f from instead of the routing's own:
+        those of a larger batch, such as the sum over accumulated micro-batches.
       axis_name: Mapped axes to sum the counts over. The mean of L over devices, each
         with its own P, is then the loss of the whole batch (if all have as many
         tokens): reduce it as any other mean over tokens.
@@ -100,12 +100,12 @@ def importance_loss(routing: Routing) -> Float[Array, ""]:
 
 
 def load_loss(
-    logits: Float[Array, "t e"],
+    logits: Shaped[Array, "..."],
     k: int,
     *,
     jitter: float | Float[Array, ""],
     key: PRNGKeyArray,
-    mask: Bool[Array, "t"] | None = None,
+    mask: Shaped[Array, "..."] | None = None,
 ) -> Float[Array, ""]:
     r"""Squared coefficient of variation of the expected loads under noise.
 
@@ -119,11 +119,12 @@ def load_loss(
     gradient. The noise is that which `top_k` adds for the same `jitter` and `key`.
 
     Args:
-      logits: Router outputs without noise, of any floating dtype; computed in float32.
+      logits: Router outputs ``[t, e]`` without noise, of any floating dtype; computed
+        in float32.
       k: Choices per token.
       jitter: Standard deviation of the noise, :math:`\sigma`, above 0; V-MoE has 1 / e.
       key: The key that `top_k` was given.
-      mask: True for tokens, False for padding. None: all are tokens.
+      mask: True for tokens, False for padding, bool ``[t]``. None: all are tokens.
 
     Returns:
       The loss, a float32 scalar; 0 at perfect balance.
@@ -159,16 +160,16 @@ def load_loss(
 
 
 def z_loss(
-    logits: Shaped[Array, "t e"], mask: Bool[Array, "t"] | None = None
+    logits: Shaped[Array, "..."], mask: Shaped[Array, "..."] | None = None
 ) -> Float[Array, ""]:
     r"""Mean squared logarithm of the softmax's denominator; keeps logits small.
 
     .. math:: L = \frac{1}{t} \sum_t \Big(\log \sum_i e^{z_{ti}}\Big)^2
 
     Args:
-      logits: Router outputs, of any floating dtype; computed in float32.
-      mask: True for tokens, False for padding, which has no part in it, whatever its
-        logits. None: all are tokens.
+      logits: Router outputs ``[t, e]``, of any floating dtype; computed in float32.
+      mask: True for tokens, False for padding, bool ``[t]``, whose logits may be
+        anything. None: all are tokens.
 
     Returns:
       The loss, a float32 scalar; 0 if there is no token.

@@ -4,26 +4,26 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Shaped
 
 from sparsejax.routing import _capacity
 from sparsejax.routing._routing import Routing
 
 
 def top_k(
-    logits: Float[Array, "t e"],
+    logits: Shaped[Array, "..."],
     k: int,
     *,
     score: Literal["softmax", "softmax_chosen", "sigmoid"] = "softmax",
     normalize: Literal["none", "sum", "sum_stopgrad"] = "none",
-    bias: Float[Array, "e"] | None = None,
+    bias: Shaped[Array, "..."] | None = None,
     groups: int = 1,
     groups_kept: int | None = None,
     jitter: float | Float[Array, ""] = 0.0,
     capacity: int | None = None,
     capacity_policy: Literal["position", "probability"] = "position",
     renormalize: bool = True,
-    mask: Bool[Array, "t"] | None = None,
+    mask: Shaped[Array, "..."] | None = None,
     key: PRNGKeyArray | None = None,
 ) -> Routing:
     r"""Sends each token to the k experts of highest score.
@@ -43,16 +43,16 @@ def top_k(
     numbers.
 
     Args:
-      logits: Router outputs, of any floating dtype; converted to float32 first. An
-        expert at -inf is not chosen: its place stays unused. Multiplicative jitter of
-        the router's inputs is the caller's.
+      logits: Router outputs ``[t, e]``, of any floating dtype; converted to float32
+        first. An expert at -inf is not chosen: its place stays unused. Multiplicative
+        jitter of the router's inputs is the caller's.
       k: Choices per token.
       score: "softmax" over all experts; "softmax_chosen": over those chosen, which is
         "softmax" with ``normalize="sum"``; "sigmoid" of each logit.
       normalize: How weights are normalized, above. "sum_stopgrad" has the values of
         "sum" and leaves the router a gradient where experts are identical, as they
         are when upcycling starts.
-      bias: Added to the scores to choose, not to weight; has no gradient. See
+      bias: Added to the scores to choose, not to weight, ``[e]``; has no gradient. See
         `update_bias`.
       groups: Equal groups of consecutive experts, such as those of one node.
       groups_kept: How many groups a token may use: those of the largest sum of their
@@ -64,8 +64,9 @@ def top_k(
         of the expert is highest, ties as before.
       renormalize: Whether `normalize` sums over the choices that are served, so that
         those sum to 1; False: over all k chosen.
-      mask: True for tokens, False for padding, which is not routed, takes no place and
-        is not counted. Its logits may be anything. None: all are tokens.
+      mask: True for tokens, False for padding, bool ``[t]``. Padding is not routed,
+        takes no place and is not counted; its logits may be anything. None: all are
+        tokens.
       key: For `jitter`.
 
     Returns:
