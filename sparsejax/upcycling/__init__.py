@@ -10,6 +10,8 @@ from sparsejax.upcycling._modes import Copy as Copy
 from sparsejax.upcycling._modes import Drop as Drop
 from sparsejax.upcycling._modes import Granular as Granular
 from sparsejax.upcycling._modes import Shared as Shared
+from sparsejax.upcycling._prune import Pruned as Pruned
+from sparsejax.upcycling._prune import prune_experts as prune_experts
 from sparsejax.upcycling._report import Report as Report
 from sparsejax.upcycling._spec import Ffn as Ffn
 from sparsejax.upcycling._spec import Move as Move
@@ -24,9 +26,11 @@ __all__ = [
     "Ffn",
     "Granular",
     "Move",
+    "Pruned",
     "Report",
     "Shared",
     "Spec",
     "Upcycled",
+    "prune_experts",
     "upcycle",
 ]

@@ -146,7 +146,7 @@ class Drop:
         """where(new, mean + std * normal, w), by expert."""
         new = self._new(like, key)
         experts = {}
-        for role, key in zip(ffn, _split(key, ffn), strict=True):
+        for role, k in zip(ffn, _split(key, ffn), strict=True):
             w = _copies(ffn[role], like).astype(jnp.float32)
             where = jnp.broadcast_to(_along_units(role, new), w.shape)
             over = {"axis": (1, 2), "keepdims": True, "where": where}
@@ -156,7 +156,7 @@ class Drop:
                 if self.count(new.shape[-1])
                 else (0.0, 0.0)
             )
-            drawn = mean + std * jax.random.normal(key, w.shape)
+            drawn = mean + std * jax.random.normal(k, w.shape)
             experts[role] = jnp.where(where, drawn, w).astype(ffn[role].dtype)
         return experts
 
@@ -241,9 +241,10 @@ class Adapters:
         roles = [role for role in ("w_in", "w_gate", "w_out") if role in like]
         d = like["w_in"].shape[1]
         down = d**-0.5 if self.down is None else self.down
+        stds = {"w_in": down, "w_gate": down, "w_out": self.up}
         adapters = {
-            role: ((self.up if role == "w_out" else down) * _normal(key, like[role]))
-            for role, key in zip(roles, _split(key, roles), strict=True)
+            role: _normal(k, like[role], stds[role])
+            for role, k in zip(roles, _split(key, roles), strict=True)
         }
         return {**adapters, **_as_shared(ffn)}
 
@@ -306,8 +307,8 @@ def _split(key, roles):
     return list(jax.random.split(key, len(roles)))
 
 
-def _normal(key, like):
-    return jax.random.normal(key, like.shape).astype(like.dtype)
+def _normal(key, like, std):
+    return (std * jax.random.normal(key, like.shape)).astype(like.dtype)
 
 
 def _with_noise(experts, ffn, noise, key):
@@ -315,10 +316,10 @@ def _with_noise(experts, ffn, noise, key):
     if not noise:
         return experts
     noisy = {}
-    for role, key in zip(experts, _split(key, experts), strict=True):
+    for role, k in zip(experts, _split(key, experts), strict=True):
         w = experts[role]
         std = jnp.std(ffn[role].astype(jnp.float32))
-        draw = std * noise * jax.random.normal(key, w.shape)
+        draw = std * noise * jax.random.normal(k, w.shape)
         noisy[role] = (w.astype(jnp.float32) + draw).astype(w.dtype)
     return noisy
 

@@ -9,7 +9,7 @@ import optax
 
 from sparsejax.upcycling import _names
 from sparsejax.upcycling._modes import Copy
-from sparsejax.upcycling._plan import Layer, Plan
+from sparsejax.upcycling._plan import Layer, Plan, check_leaves
 from sparsejax.upcycling._spec import MOMENTS, Spec
 
 
@@ -84,7 +84,7 @@ def convert_state(
             full = {n: m for n, m in moments.items() if m.shape == shapes[n]}
             made = convert(moments, full, power, wanted)
             made |= _factors(where, moments, full, power, wanted, plan, spec)
-            _check(where, made, wanted)
+            check_leaves(f"opt_state: {where} of the target", made, wanted)
             slot = jax.tree.structure(to.tree)
             leaves.append(jax.tree.unflatten(slot, [made[n] for n in wanted]))
         elif jnp.shape(was) != jnp.shape(to):
@@ -158,17 +158,3 @@ def _copies(m, layer: Layer, power):
 
 def _rescales(spec):
     return spec.opt_state == "rescale"
-
-
-def _check(where, made, wanted):
-    wrong = [
-        f"{name}: got {made[name].dtype} {made[name].shape}, needed {leaf.dtype} "
-        f"{leaf.shape}"
-        for name, leaf in wanted.items()
-        if (made[name].shape, made[name].dtype) != (leaf.shape, leaf.dtype)
-    ]
-    if wrong:
-        raise ValueError(
-            f"opt_state: {where} cannot be converted: {'; '.join(wrong)}; needed "
-            "opt_state='zeros' in the spec, or another optimizer"
-        )

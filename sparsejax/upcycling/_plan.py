@@ -113,10 +113,10 @@ def _layers(ffn, source, target):
         if stars is None:
             continue
         to = _names.fill(ffn.target, stars)
-        named = lambda role: _names.join(to, ffn.names.get(role, role))
-        leaves = {role: named(role) for role in ROLES if named(role) in target}
+        places = {role: _names.join(to, ffn.names.get(role, role)) for role in ROLES}
+        leaves = {role: place for role, place in places.items() if place in target}
         if "router" not in leaves:
-            dense.append(named("router"))
+            dense.append(places["router"])
             continue
         sources = {r: _names.join(prefix, path) for r, path in ffn.kernels.items()}
         absent = [name for name in sources.values() if name not in source]
@@ -218,3 +218,15 @@ def _check_layer(layer, source, spec):
     wrong = _modes.fit(spec.mode, kernels, like)
     if wrong is not None:
         raise ValueError(f"{layer.name}: got {wrong}")
+
+
+def check_leaves(argument: str, made: dict[str, Any], needed: dict[str, Any]) -> None:
+    """Raises unless what was made has the shapes and dtypes needed."""
+    wrong = [
+        f"{name}: got {made[name].dtype} {made[name].shape}, needed {leaf.dtype} "
+        f"{leaf.shape}"
+        for name, leaf in needed.items()
+        if (made[name].shape, made[name].dtype) != (leaf.shape, leaf.dtype)
+    ]
+    if wrong:
+        raise ValueError(f"{argument}: {'; '.join(wrong)}")

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from sparsejax.upcycling import _modes, _names
+from sparsejax.upcycling import _names
 from sparsejax.upcycling._modes import Adapters, Granular, Shared
 from sparsejax.upcycling._optimizer import convert_state
-from sparsejax.upcycling._plan import Layer, Plan, make_plan
+from sparsejax.upcycling._plan import Layer, Plan, check_leaves, make_plan
 from sparsejax.upcycling._report import Report, gain_of, judge
 from sparsejax.upcycling._spec import Move, Spec
 
@@ -88,7 +88,7 @@ def upcycle(params: Any, opt_state: Any = None, *, spec: Spec, key: Array) -> Up
             made = _layer_weights(layer, gain, spec, source, key) | made
         return {name: made[name] for name in target}
 
-    _check_shapes(jax.eval_shape(make, source, key), target)
+    check_leaves("target", jax.eval_shape(make, source, key), target)
     report = _report(plan, spec, source)
 
     def convert(moments, full, power, wanted):
@@ -199,17 +199,6 @@ def _place(x, leaf):
 
 
 # ---- checks and the report ---------------------------------------------------------
-
-
-def _check_shapes(made, target):
-    wrong = [
-        f"{name}: got {made[name].dtype} {made[name].shape}, needed {leaf.dtype} "
-        f"{leaf.shape}"
-        for name, leaf in target.items()
-        if (made[name].shape, made[name].dtype) != (leaf.shape, leaf.dtype)
-    ]
-    if wrong:
-        raise ValueError("target: " + "; ".join(wrong))
 
 
 def _report(plan: Plan, spec: Spec, source: dict[str, Any]) -> Report:
