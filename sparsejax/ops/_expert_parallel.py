@@ -132,10 +132,10 @@ def expert_parallel_moe_mlp(
     p = _axis_size(axis_name)
     _check(x, routing, weights, p)
     room = _room(routing, p, exchange, capacity_factor, max_experts)
-    compute = functools.reduce(
-        jnp.promote_types, [a.dtype for a in (x, *weights.values())]
-    )
-    compute = jnp.dtype(compute if dtype is None else dtype)
+    if dtype is None:  # strict promotion refuses bfloat16 beside float32
+        dtypes = [a.dtype for a in (x, *weights.values())]
+        dtype = functools.reduce(jnp.promote_types, dtypes)
+    compute = jnp.dtype(dtype)
     check_floating(dtype=jax.ShapeDtypeStruct((), compute))
 
     def mlp(x, routing, weights):

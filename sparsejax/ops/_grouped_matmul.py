@@ -189,8 +189,9 @@ def _check_sizes(sizes, groups, m):
 
 def _static(choice, dtype, **arrays):
     check_floating(**arrays)
-    promoted = jnp.promote_types(*(a.dtype for a in arrays.values()))
-    compute = jnp.dtype(promoted if dtype is None else dtype)
+    if dtype is None:  # strict promotion refuses bfloat16 beside float32
+        dtype = jnp.promote_types(*(a.dtype for a in arrays.values()))
+    compute = jnp.dtype(dtype)
     check_floating(dtype=jax.ShapeDtypeStruct((), compute))
     return Static(choice, compute)
 

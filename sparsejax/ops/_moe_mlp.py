@@ -78,10 +78,10 @@ def moe_mlp(
     gates = {} if w_gate is None else {"w_gate": w_gate}
     _check(x, routing, w_in, w_out, gates)
     weights_in = dict(w_in=w_in, **gates)
-    compute = functools.reduce(
-        jnp.promote_types, [a.dtype for a in (x, *weights_in.values(), w_out)]
-    )
-    compute = jnp.dtype(compute if dtype is None else dtype)
+    if dtype is None:  # strict promotion refuses bfloat16 beside float32
+        dtypes = [a.dtype for a in (x, *weights_in.values(), w_out)]
+        dtype = functools.reduce(jnp.promote_types, dtypes)
+    compute = jnp.dtype(dtype)
     check_floating(dtype=jax.ShapeDtypeStruct((), compute))
     wide = accumulator(compute)
     e = w_in.shape[0]
