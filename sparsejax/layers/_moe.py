@@ -73,11 +73,6 @@ class MoESpec:
             )
         if not 0 <= self.jitter < 1:
             raise ValueError(f"jitter: got {self.jitter}, needed a number in [0, 1)")
-        if not callable(self.router):
-            raise ValueError(
-                f"router: got {self.router!r}, needed a function of logits, such as "
-                "functools.partial(routing.top_k, k=2)"
-            )
         if self.balance and not _takes(self.router, "bias"):
             raise ValueError("balance: got True, needed a router that takes bias=")
 
@@ -150,7 +145,7 @@ def apply_moe(
     x: Float[Array, "*batch d"],
     *,
     balance: Float[Array, " e"] | None = None,
-    mask: Bool[Array, "*batch"] | None = None,
+    mask: Bool[Array, "..."] | None = None,
     key: Array | None = None,
     **router_arguments: Any,
 ) -> tuple[Float[Array, "*batch d"], MoEAux]:

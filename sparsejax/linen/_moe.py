@@ -40,7 +40,7 @@ class MoE(nn.Module):
         self,
         x: Float[Array, "*batch d"],
         *,
-        mask: Bool[Array, "*batch"] | None = None,
+        mask: Bool[Array, "..."] | None = None,
         key: Array | None = None,
         **router_arguments: Any,
     ) -> tuple[Float[Array, "*batch d"], layers.MoEAux]:

@@ -82,7 +82,7 @@ class MoE(nnx.Module):
         self,
         x: Float[Array, "*batch d"],
         *,
-        mask: Bool[Array, "*batch"] | None = None,
+        mask: Bool[Array, "..."] | None = None,
         key: Array | None = None,
         **router_arguments: Any,
     ) -> tuple[Float[Array, "*batch d"], layers.MoEAux]:
