@@ -84,31 +84,31 @@ def product(
 
     def plan(x_gmem, w_gmem, tiles_gmem, count_gmem, y_gmem, *pieces):
         row, column, shape = share(tile_m, wide)
-        total, place = places(tiles_gmem, count_gmem, pl.cdiv(width, wide), config)
+        total, place = places(
+            tiles_gmem, count_gmem, pl.cdiv(width, wide), config.group
+        )
 
         def steps(tile):
             return jnp.where(tile.group < groups, jnp.int32(inner // deep), 0)
 
-        def fetch(tile, i, x_smem, w_smem):
+        def fetch(tile, i):
             along, across = pl.ds(i * deep, deep), pl.ds(tile.column * wide, wide)
             piece = (across, along) if transpose else (along, across)
-            return [
-                (x_gmem.at[pl.ds(tile.start * ROWS, tile_m), along], x_smem),
-                (w_gmem.at[(tile.group, *piece)], w_smem),
-            ]
+            rows = pl.ds(tile.start * ROWS, tile_m)
+            return x_gmem.at[rows, along], w_gmem.at[(tile.group, *piece)]
 
-        def multiply(tile, i, acc, x_smem, w_smem):
+        def multiply(tile, i, accs, x_smem, w_smem):
             del tile, i
             rows, columns = pl.ds(row, shape[0]), pl.ds(column, shape[1])
             if transpose:
                 piece = w_smem.at[columns].transpose((1, 0))
             else:
                 piece = w_smem.at[:, columns]
-            plgpu.wgmma(acc, x_smem.at[rows], piece)
+            plgpu.wgmma(accs[0], x_smem.at[rows], piece)
 
-        def finish(tile, result):
+        def finish(tile, results):
             at = tile.start * ROWS + row, tile.column * wide + column
-            store_rows(result.astype(x.dtype), y_gmem, *at, tile, *pieces)
+            store_rows(results[0].astype(x.dtype), y_gmem, *at, tile, pieces)
 
         return Plan(total, place, steps, fetch, multiply, finish)
 
@@ -120,7 +120,8 @@ def product(
         buffers=[(tile_m, deep), (wide, deep) if transpose else (deep, wide)],
         tile=(tile_m, wide),
         scratch=store_rows_scratch(x.dtype),
-        config=config,
+        stages=config.stages,
+        programs=config.programs,
         interpret=interpret,
     )
     return y if m == rows else y[:rows]
@@ -153,6 +154,7 @@ def sampled(
     tile_m, tile_k, tile_n = config.tile_m, config.tile_k, config.tile_n
     down, across = pl.cdiv(k, tile_k), pl.cdiv(n, tile_n)
     first, last = row_ranges(sizes, m)
+    slots = 4 // jnp.dtype(dtype).itemsize
 
     def plan(x_gmem, y_gmem, first_gmem, last_gmem, out_gmem, pieces, both):
         warpgroup = lax.axis_index("warpgroup")
@@ -170,14 +172,14 @@ def sampled(
             some = tile.last > tile.first
             return jnp.where(some, lax.div(rows + (tile_m - 1), jnp.int32(tile_m)), 0)
 
-        def fetch(tile, i, x_smem, y_smem):
+        def fetch(tile, i):
             rows = pl.ds((tile.start + i * (tile_m // ROWS)) * ROWS, tile_m)
-            return [
-                (x_gmem.at[rows, pl.ds(tile.row * tile_k, tile_k)], x_smem),
-                (y_gmem.at[rows, pl.ds(tile.column * tile_n, tile_n)], y_smem),
-            ]
+            return (
+                x_gmem.at[rows, pl.ds(tile.row * tile_k, tile_k)],
+                y_gmem.at[rows, pl.ds(tile.column * tile_n, tile_n)],
+            )
 
-        def multiply(tile, i, acc, x_smem, y_smem):
+        def multiply(tile, i, accs, x_smem, y_smem):
             at = tile.start * ROWS + i * tile_m
 
             @pl.when((at < tile.first) | (tile.last < at + tile_m))
@@ -192,11 +194,12 @@ def sampled(
 
             rows, columns = pl.ds(row, shape[0]), pl.ds(column, shape[1])
             x_piece = x_smem.at[:, rows].transpose((1, 0))
-            plgpu.wgmma(acc, x_piece, y_smem.at[:, columns])
+            plgpu.wgmma(accs[0], x_piece, y_smem.at[:, columns])
 
-        def finish(tile, result):
+        def finish(tile, results):
             at = tile.row * tile_k + row, tile.column * tile_n + column
-            _store(result.astype(dtype), out_gmem.at[tile.group], *at, pieces)
+            result, mine = results[0].astype(dtype), pieces.at[warpgroup]
+            _store(result, out_gmem.at[tile.group], *at, mine)
 
         total = jnp.int32(groups * down * across)
         return Plan(total, place, steps, fetch, multiply, finish)
@@ -209,10 +212,11 @@ def sampled(
         buffers=[(tile_m, tile_k), (tile_m, tile_n)],
         tile=(tile_k, tile_n),
         scratch=[
-            plgpu.SMEM((COMPUTE, 1, _PIECE, _PIECE), dtype),
+            plgpu.SMEM((COMPUTE, slots, _PIECE, _PIECE), dtype),
             plgpu.Barrier(num_arrivals=COMPUTE),
         ],
-        config=config,
+        stages=config.stages,
+        programs=config.programs,
         interpret=interpret,
     )
 
@@ -290,9 +294,9 @@ class Plan(NamedTuple):
     """What a persistent kernel does with its tiles.
 
     ``place(number)`` is a tile, for numbers below ``total``; it takes ``steps(tile)``
-    steps. ``fetch(tile, i, *buffers)`` lists the copies of step i, (GMEM, SMEM) each.
-    For a warpgroup ``multiply(tile, i, acc, *buffers)`` issues its product and
-    ``finish(tile, result)`` stores what came out.
+    steps. ``fetch(tile, i)`` lists what is copied in step i, one piece per buffer. For
+    a warpgroup ``multiply(tile, i, accs, *buffers)`` issues its products, one per
+    accumulator, and ``finish(tile, results)`` stores what came out.
     """
 
     total: Any
@@ -323,16 +327,16 @@ def persistent(
     buffers,
     tile,
     scratch,
-    config: Config,
+    stages: int,
+    programs: int,
     interpret,
-    copies=2,
+    sums=1,
 ):
     """Runs ``plan(*operand refs, output ref, *scratch refs)``; see the module.
 
-    ``buffers`` are the shapes of one step's pieces, in the operands' dtype, which come
-    by ``copies`` copies; ``tile`` is the shape of a tile.
+    ``buffers`` are the shapes of one step's pieces, in the operands' dtype; ``tile`` is
+    the shape of a tile and ``sums`` how many such are summed up.
     """
-    stages = config.stages
 
     def body(*refs):
         *refs, full, free = refs
@@ -341,8 +345,8 @@ def persistent(
 
         def walk(visit):
             """Calls ``visit(tile, step)`` for each tile; it gives the step after."""
-            program, programs = lax.axis_index("program"), jnp.int32(config.programs)
-            mine = lax.div(todo.total - program + (programs - 1), programs)
+            program = lax.axis_index("program")
+            mine = lax.div(todo.total - program + (programs - 1), jnp.int32(programs))
             one = lambda i, step: visit(todo.place(program + i * programs), step)
             lax.fori_loop(jnp.int32(0), mine, one, jnp.int32(0))
 
@@ -353,9 +357,9 @@ def persistent(
                 def one(i, step):
                     slot = lax.rem(step, jnp.int32(stages))
                     plgpu.barrier_wait(free.at[slot])
-                    here = [buffer.at[slot] for buffer in buffers_smem]
-                    for source, target in todo.fetch(tile, i, *here):
-                        plgpu.copy_gmem_to_smem(source, target, full.at[slot])
+                    pieces = todo.fetch(tile, i)
+                    for piece, buffer in zip(pieces, buffers_smem, strict=True):
+                        plgpu.copy_gmem_to_smem(piece, buffer.at[slot], full.at[slot])
                     return step + 1
 
                 return lax.fori_loop(jnp.int32(0), todo.steps(tile), one, step)
@@ -375,24 +379,26 @@ def persistent(
                 def release(step):
                     plgpu.barrier_arrive(free.at[lax.rem(step, jnp.int32(stages))])
 
-                def accumulate(acc):
+                def accumulate(*accs):
                     def one(i, step):
                         slot = lax.rem(step, jnp.int32(stages))
                         plgpu.barrier_wait(full.at[slot])
                         here = [buffer.at[slot] for buffer in buffers_smem]
-                        todo.multiply(tile, i, acc, *here)
-                        # All but this step's, which goes on reading its buffers.
-                        plgpu.wgmma_wait(1)
+                        todo.multiply(tile, i, accs, *here)
+                        # All but this step's, which go on reading their buffers.
+                        plgpu.wgmma_wait(len(accs))
                         pl.when(i > 0)(lambda: release(step - 1))
                         return step + 1
 
                     end = lax.fori_loop(jnp.int32(0), todo.steps(tile), one, step)
                     plgpu.wgmma_wait(0)
                     pl.when(end > step)(lambda: release(end - 1))
-                    return acc[...], end
+                    return [acc[...] for acc in accs], end
 
-                result, end = pl.run_scoped(accumulate, plgpu.ACC(shape, jnp.float32))
-                todo.finish(tile, result)
+                results, end = pl.run_scoped(
+                    accumulate, *[plgpu.ACC(shape, jnp.float32)] * sums
+                )
+                todo.finish(tile, results)
                 return end
 
             walk(visit)
@@ -413,10 +419,10 @@ def persistent(
         scratch_types=[
             *scratch,
             *(plgpu.SMEM((stages, *shape), operands[0].dtype) for shape in buffers),
-            plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
+            plgpu.Barrier(num_arrivals=len(buffers), num_barriers=stages),
             plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=stages),
         ],
-        grid=(config.programs,),
+        grid=(programs,),
         grid_names=("program",),
         num_threads=COMPUTE + 1,
         thread_name="warpgroup",
@@ -430,13 +436,14 @@ def persistent(
     return _varying(out, operands)
 
 
-def places(tiles_gmem, count_gmem, columns: int, config: Config):
+def places(tiles_gmem, count_gmem, columns: int, group: int):
     """``total`` and ``place`` of row tiles listed by ``row_tiles``."""
     rows = count_gmem[0]
 
     def place(number):
-        row, column = _row_and_column(number, rows, columns, config.group)
-        return Tile(*(tiles_gmem[row, field] for field in range(4)), row, column)
+        row, column = _row_and_column(number, rows, columns, group)
+        listed = [tiles_gmem[row, field] for field in range(4)]
+        return Tile(*listed, row=row, column=column)
 
     return rows * columns, place
 
@@ -449,9 +456,8 @@ def _row_and_column(number, rows, columns: int, group: int):
     return strip * group + lax.rem(rest, height), lax.div(rest, height)
 
 
-def _store(result, out_gmem, row, column, pieces_smem):
-    """Stores a warpgroup's result at (row, column), piece by piece."""
-    pieces = pieces_smem.at[lax.axis_index("warpgroup")]
+def _store(result, out_gmem, row, column, pieces):
+    """Stores a result at (row, column), piece by piece."""
     slots = pieces.shape[0]
     for number, c in enumerate(range(0, result.shape[1], _PIECE)):
         piece = pieces.at[number % slots]
@@ -465,47 +471,52 @@ def _store(result, out_gmem, row, column, pieces_smem):
 
 
 def store_rows_scratch(dtype):
-    """What ``store_rows`` needs: pieces that are swizzled, and one that is not."""
-    pieces = plgpu.SMEM((COMPUTE, 2, _PIECE, _PIECE), dtype)
-    return [plgpu.RefUnion(pieces, pieces)]
+    """What ``store_rows`` needs: for each warpgroup pieces, swizzled or else not."""
+    pieces = plgpu.SMEM((2, _PIECE, _PIECE), dtype)
+    return [plgpu.RefUnion(pieces, pieces)] * COMPUTE
 
 
 def store_rows(result, y_gmem, row, column, tile: Tile, pieces):
-    """Stores those of the result's rows, ``row`` and on, that are of the tile's group."""
-    whole_smem, part_smem = pieces
+    """Stores those of the result's rows, from ``row`` on, that the tile is for."""
+    skipped = jnp.maximum(tile.first - row, 0)
+    size = jnp.minimum(tile.last - row, _PIECE) - skipped
+    # The same memory may be read as the other kind of piece.
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    for warpgroup, (whole_smem, part_smem) in enumerate(pieces):
+        mine = lax.axis_index("warpgroup") == warpgroup
 
-    def part():
-        part = part_smem.at[lax.axis_index("warpgroup")]
-        skipped = jnp.maximum(tile.first - row, 0)
-        size = jnp.minimum(tile.last - row, _PIECE) - skipped
-        for number, c in enumerate(range(0, result.shape[1], _PIECE)):
-            columns = pl.ds(column + c, _PIECE)
-            piece = part.at[number % part.shape[0]]
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            piece[...] = result[:, c : c + _PIECE]
-            plgpu.commit_smem()
-            # TMA copies a number of rows fixed beforehand: one copy per power of two.
-            at, height = skipped, _PIECE // 2
-            while height:
+        @pl.when(mine & (size == _PIECE))
+        def _(whole_smem=whole_smem):
+            _store(result, y_gmem, row, column, whole_smem)
 
-                @pl.when(size & height != 0)
-                def _(at=at, height=height, piece=piece, columns=columns):
-                    plgpu.copy_smem_to_gmem(
-                        piece.at[pl.ds(at, height)],
-                        y_gmem.at[pl.ds(row + at, height), columns],
-                    )
+        @pl.when(mine & (0 < size) & (size < _PIECE))
+        def _(part_smem=part_smem):
+            for number, c in enumerate(range(0, result.shape[1], _PIECE)):
+                piece, columns = part_smem.at[number % 2], pl.ds(column + c, _PIECE)
+                if number > 1:
+                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                piece[...] = result[:, c : c + _PIECE]
+                plgpu.commit_smem()
+                _store_few(piece, y_gmem.at[:, columns], row, skipped, size)
 
-                at = at + (size & height)
-                height //= 2
 
-    inside = (tile.first <= row) & (row + _PIECE <= tile.last)
-    some = (tile.first < row + _PIECE) & (row < tile.last)
-    lax.cond(
-        inside,
-        lambda: _store(result, y_gmem, row, column, whole_smem),
-        lambda: pl.when(some)(part),
-    )
+def _store_few(piece, y_gmem, row, skipped, size):
+    """Stores ``size`` rows after the ``skipped`` first ones, of a piece at ``row``.
+
+    TMA copies a number of rows fixed beforehand: one copy per power of two.
+    """
+    height = _PIECE // 2
+    while height:
+
+        @pl.when(size & height != 0)
+        def _(skipped=skipped, height=height):
+            plgpu.copy_smem_to_gmem(
+                piece.at[pl.ds(skipped, height)],
+                y_gmem.at[pl.ds(row + skipped, height)],
+            )
+
+        skipped = skipped + (size & height)
+        height //= 2
 
 
 def _clear_rows(ref, row, tile: Tile):

@@ -27,6 +27,8 @@ Products and activation in float32. Rows of the tail come out 0 in both.
 
 import dataclasses
 
+from pallas_kernels.grouped_matmul import _spec as grouped
+
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
@@ -59,6 +61,9 @@ class Config:
     tile_k, tile_n: rows and columns of a matrix that it holds.
     rows: TPU: choices of a tile that go through the inner step at a time.
     vmem: TPU: bytes that the kernel may take of VMEM.
+    stages: GPU: depth of the copy pipeline.
+    group: GPU: tiles of choices that programs take together, for L2.
+    programs: GPU: persistent programs, one per multiprocessor.
     """
 
     tile_m: int
@@ -66,9 +71,67 @@ class Config:
     tile_n: int
     rows: int = 128
     vmem: int = 0
+    stages: int = 2
+    group: int = 8
+    programs: int = 1
 
 
 # --- TPU: Pallas Mosaic -------------------------------------------------------------
 
 
 # --- GPU: Pallas Mosaic, Hopper -----------------------------------------------------
+
+
+def check_mosaic_gpu(problem: Problem, chip: str | None) -> None:
+    """Raises NotImplementedError where the Hopper kernels do not serve the problem.
+
+    Args:
+        problem: the half of the layer asked for.
+        chip: "h100", "h200", another chip's name, or None where it is not known yet.
+    """
+    for name in ("tokens", "choices", "experts"):
+        if getattr(problem, name) < 1:
+            raise NotImplementedError(
+                f"mosaic_gpu: {name} is {getattr(problem, name)}, needs at least 1"
+            )
+    for name in ("d", "f"):
+        size = getattr(problem, name)
+        if size < grouped.HOPPER_PIECE or size % grouped.HOPPER_PIECE:
+            raise NotImplementedError(
+                f"mosaic_gpu: {name} is {size}, needs a multiple of "
+                f"{grouped.HOPPER_PIECE}"
+            )
+    grouped.check_mosaic_gpu(_grouped(problem), chip)
+
+
+def config_mosaic_gpu(problem: Problem, chip: str | None) -> Config:
+    """Picks the tiles of the Hopper kernels: those of the product they consist of."""
+    tiles = grouped.config_mosaic_gpu(_grouped(problem), chip)
+    # Two matrices share what one has there.
+    wide = 128 if problem.op == "moe_hidden_gated" else tiles.tile_n
+    return Config(
+        tiles.tile_m,
+        tiles.tile_k,
+        wide,
+        stages=tiles.stages,
+        group=tiles.group,
+        programs=tiles.programs,
+    )
+
+
+def _grouped(problem: Problem) -> grouped.Problem:
+    """The grouped product that the kernel computes."""
+    k, n = problem.d, problem.f
+    if problem.op == "moe_down":
+        k, n = n, k
+    elif problem.op == "moe_hidden_gated":
+        n *= 2
+    return grouped.Problem(
+        "grouped",
+        problem.choices,
+        k,
+        n,
+        problem.experts,
+        problem.dtype,
+        problem.dtype,
+    )
