@@ -135,7 +135,7 @@ def config_mosaic_gpu(problem: Problem, chip: str | None) -> Config:
     out = 2 * HOPPER_PIECE**2 * 4
     if problem.op == "grouped_sampled":
         tile_m = HOPPER_PIECE
-        tile_k, tile_n = (128 if problem.k > HOPPER_PIECE else HOPPER_PIECE), wide
+        tile_k, tile_n = 2 * HOPPER_PIECE, wide
         stage = 2 * tile_m * (tile_k + tile_n)
     else:
         tile_m = 128 if problem.m > 96 * problem.groups else 64
