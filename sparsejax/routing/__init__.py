@@ -16,6 +16,7 @@ load
     Choices that an expert serves.
 """
 
+from sparsejax.routing._anneal import dense_to_sparse as dense_to_sparse
 from sparsejax.routing._balance import update_bias as update_bias
 from sparsejax.routing._capacity import capacity as capacity
 from sparsejax.routing._expert_choice import expert_choice as expert_choice
@@ -28,6 +29,7 @@ from sparsejax.routing._losses import load_loss as load_loss
 from sparsejax.routing._losses import z_loss as z_loss
 from sparsejax.routing._metrics import RoutingMetrics as RoutingMetrics
 from sparsejax.routing._metrics import routing_metrics as routing_metrics
+from sparsejax.routing._plots import plot_expert_load as plot_expert_load
 from sparsejax.routing._relu import activation_locality_loss as activation_locality_loss
 from sparsejax.routing._relu import chunk_sparsity as chunk_sparsity
 from sparsejax.routing._relu import chunk_sparsity_loss as chunk_sparsity_loss
@@ -58,6 +60,7 @@ __all__ = [
     "capacity",
     "chunk_sparsity",
     "chunk_sparsity_loss",
+    "dense_to_sparse",
     "entropy",
     "expert_choice",
     "hash_routing",
@@ -65,6 +68,7 @@ __all__ = [
     "load_balance_loss",
     "load_loss",
     "permutation_search",
+    "plot_expert_load",
     "relu",
     "round_permutation",
     "routing_metrics",

@@ -1,7 +1,6 @@
 """From all experts to a few: a temperature that falls while the gate trains."""
 
 import math
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +17,7 @@ def dense_to_sparse(
     temperature: float | Float[Array, ""],
     threshold: float | Float[Array, ""] = 1e-3,
     max_k: int | None = None,
-    normalize: Literal["none", "sum", "sum_stopgrad"] = "none",
+    normalize: str = "none",
     mask: Shaped[Array, "..."] | None = None,
     key: PRNGKeyArray | None = None,
 ) -> Routing:

@@ -1,7 +1,5 @@
 """Balance without a loss: a bias per expert, moved by counts."""
 
-from typing import Literal
-
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
@@ -11,7 +9,7 @@ def update_bias(
     counts: Shaped[Array, "..."],
     *,
     rate: float | Float[Array, ""] = 1e-3,
-    rule: Literal["sign", "proportional"] = "sign",
+    rule: str = "sign",
 ) -> Float[Array, "..."]:
     r"""Raises the bias of experts with few tokens, lowers that of those with many.
 

@@ -1,7 +1,7 @@
 """What routers share: checked arguments, choices under a bound, their weights."""
 
 import operator
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +10,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from sparsejax.routing._top_k import _scores, _weights, largest
 
-Normalize = Literal["none", "sum", "sum_stopgrad"]
-Score = Literal["softmax", "sigmoid"]
+NORMALIZE = ("none", "sum", "sum_stopgrad")
+SCORE = ("softmax", "sigmoid")
 
 
 def check_scores(
@@ -75,10 +75,10 @@ def check_bound(max_k: Any, num_experts: int) -> int:
     return check_count("max_k", max_k, num_experts, "experts")
 
 
-def check_option(name: str, value: Any, options: Any) -> None:
-    """Raises ValueError unless the value is one of those of a Literal."""
-    if value not in options.__args__:
-        raise ValueError(f"{name}: got {value!r}, needed one of {options.__args__}")
+def check_option(name: str, value: Any, options: tuple[str, ...]) -> None:
+    """Raises ValueError unless the value is one of the options."""
+    if value not in options:
+        raise ValueError(f"{name}: got {value!r}, needed one of {options}")
 
 
 def only_tokens(array: Array, mask: Array | None) -> Array:
@@ -89,9 +89,9 @@ def only_tokens(array: Array, mask: Array | None) -> Array:
     return jnp.where(rows, array, jnp.zeros_like(array))
 
 
-def score_all(logits: Array, score: Score) -> tuple[Array, Array, Array]:
+def score_all(logits: Array, score: str) -> tuple[Array, Array, Array]:
     """Scores ``[t, e]``, their logarithms, and the scores as a distribution."""
-    check_option("score", score, Score)
+    check_option("score", score, SCORE)
     return _scores(logits, score)
 
 
@@ -117,10 +117,10 @@ def weigh(
     log_scores: Float[Array, "t e"],
     indices: Int[Array, "t k"],
     valid: Bool[Array, "t k"],
-    normalize: Normalize,
+    normalize: str,
 ) -> Float[Array, "t k"]:
     """Scores of the choices, divided by their sum over a token's valid choices."""
-    check_option("normalize", normalize, Normalize)
+    check_option("normalize", normalize, NORMALIZE)
     chosen = jnp.take_along_axis(scores, indices, axis=-1)
     log_chosen = jnp.take_along_axis(log_scores, indices, axis=-1)
     return jnp.where(valid, _weights(chosen, log_chosen, valid, normalize), 0)

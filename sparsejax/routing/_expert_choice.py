@@ -5,8 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from sparsejax.routing._choices import (
-    Normalize,
-    Score,
+    NORMALIZE,
     check_count,
     check_option,
     check_scores,
@@ -21,9 +20,9 @@ def expert_choice(
     logits: Shaped[Array, "..."],
     capacity: int,
     *,
-    normalize: Normalize = "none",
-    score: Score = "softmax",
-    mask: Bool[Array, "..."] | None = None,
+    normalize: str = "none",
+    score: str = "softmax",
+    mask: Shaped[Array, "..."] | None = None,
 ) -> Routing:
     """Every expert takes the tokens that suit it best, as many as every other expert.
 
@@ -75,7 +74,7 @@ def expert_choice(
     logits = check_scores(logits, mask)
     num_tokens = logits.shape[0]
     capacity = check_count("capacity", capacity, num_tokens, "tokens")
-    check_option("normalize", normalize, Normalize)
+    check_option("normalize", normalize, NORMALIZE)
     scores, log_scores, probs = score_all(logits, score)
 
     order = log_scores.T

@@ -6,7 +6,6 @@ import numpy as np
 from jaxtyping import Array, Bool, Int, Shaped
 
 from sparsejax.routing._choices import (
-    Normalize,
     check_count,
     check_mask,
     check_scores,
@@ -24,8 +23,8 @@ def hash_routing(
     k: int = 1,
     table: Shaped[Array, "..."] | None = None,
     logits: Shaped[Array, "..."] | None = None,
-    normalize: Normalize = "sum",
-    mask: Bool[Array, "..."] | None = None,
+    normalize: str = "sum",
+    mask: Shaped[Array, "..."] | None = None,
 ) -> Routing:
     """The experts of a token are a fixed function of its id; nothing is learned.
 

@@ -20,7 +20,7 @@ def relu(
     scale: Shaped[Array, "..."] | None = None,
     max_k: int | None = None,
     epsilon: float = 1e-6,
-    mask: Bool[Array, "..."] | None = None,
+    mask: Shaped[Array, "..."] | None = None,
 ) -> Routing:
     """A token goes to every expert whose logit is positive, differentiably.
 
@@ -151,7 +151,7 @@ def activation_locality_loss(
     *,
     steepness: float = 100.0,
     segments: Int[Array, "..."] | None = None,
-    mask: Bool[Array, "..."] | None = None,
+    mask: Shaped[Array, "..."] | None = None,
 ) -> Float[Array, ""]:
     """How much the experts of neighbouring tokens differ, for routers like ``relu``.
 

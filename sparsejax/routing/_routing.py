@@ -2,10 +2,11 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 
 @functools.partial(
@@ -13,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
     data_fields=("indices", "weights", "valid", "probs", "mask", "demand"),
     meta_fields=("by_expert",),
 )
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Routing:
     """Which token goes to which expert: what every router returns and operators take.
 
@@ -35,12 +36,14 @@ class Routing:
       by_expert: Whether the choices are listed by expert (static).
     """
 
-    indices: Int[Array, "..."]
-    weights: Float[Array, "..."]
-    valid: Bool[Array, "..."]
-    probs: Float[Array, "..."]
-    mask: Bool[Array, "..."] | None = None
-    demand: Int[Array, "..."] | None = None
+    # Not annotated with shapes: a pytree's leaves may be anything while JAX rebuilds
+    # it.
+    indices: Any
+    weights: Any
+    valid: Any
+    probs: Any
+    mask: Any = None
+    demand: Any = None
     by_expert: bool = False
 
     @property

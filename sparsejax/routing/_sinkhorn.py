@@ -9,8 +9,6 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Shaped
 
 from sparsejax.routing._choices import (
-    Normalize,
-    Score,
     check_count,
     check_scores,
     choose,
@@ -27,9 +25,9 @@ def sinkhorn(
     *,
     iterations: int = 8,
     temperature: ArrayLike = 1.0,
-    normalize: Normalize = "none",
-    score: Score = "softmax",
-    mask: Bool[Array, "..."] | None = None,
+    normalize: str = "none",
+    score: str = "softmax",
+    mask: Shaped[Array, "..."] | None = None,
 ) -> Routing:
     """A token goes to its k experts in a plan that gives all experts the same load.
 

@@ -68,7 +68,7 @@ def soft_logits(
 
 
 def soft(
-    logits: Shaped[Array, "..."], *, mask: Bool[Array, "..."] | None = None
+    logits: Shaped[Array, "..."], *, mask: Shaped[Array, "..."] | None = None
 ) -> SoftRouting:
     """Slots are averages of all tokens, tokens averages of all slots' outputs.
 

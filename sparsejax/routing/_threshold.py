@@ -2,11 +2,9 @@
 
 import jax.numpy as jnp
 from jax.typing import ArrayLike
-from jaxtyping import Array, Bool, Shaped
+from jaxtyping import Array, Shaped
 
 from sparsejax.routing._choices import (
-    Normalize,
-    Score,
     check_bound,
     check_scores,
     check_share,
@@ -25,9 +23,9 @@ def threshold(
     *,
     max_k: int | None = None,
     at_least_one: bool = False,
-    normalize: Normalize = "none",
-    score: Score = "softmax",
-    mask: Bool[Array, "..."] | None = None,
+    normalize: str = "none",
+    score: str = "softmax",
+    mask: Shaped[Array, "..."] | None = None,
 ) -> Routing:
     """A token goes to all experts whose score reaches a threshold.
 

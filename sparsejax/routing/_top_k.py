@@ -1,7 +1,5 @@
 """Each token goes to the k experts of highest score."""
 
-from typing import Literal
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Shaped
@@ -14,14 +12,14 @@ def top_k(
     logits: Shaped[Array, "..."],
     k: int,
     *,
-    score: Literal["softmax", "softmax_chosen", "sigmoid"] = "softmax",
-    normalize: Literal["none", "sum", "sum_stopgrad"] = "none",
+    score: str = "softmax",
+    normalize: str = "none",
     bias: Shaped[Array, "..."] | None = None,
     groups: int = 1,
     groups_kept: int | None = None,
     jitter: float | Float[Array, ""] = 0.0,
     capacity: int | None = None,
-    capacity_policy: Literal["position", "probability"] = "position",
+    capacity_policy: str = "position",
     renormalize: bool = True,
     mask: Shaped[Array, "..."] | None = None,
     key: PRNGKeyArray | None = None,

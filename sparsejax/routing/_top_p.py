@@ -2,10 +2,9 @@
 
 import jax.numpy as jnp
 from jax.typing import ArrayLike
-from jaxtyping import Array, Bool, Shaped
+from jaxtyping import Array, Shaped
 
 from sparsejax.routing._choices import (
-    Normalize,
     check_bound,
     check_scores,
     check_share,
@@ -24,8 +23,8 @@ def top_p(
     p: ArrayLike,
     *,
     max_k: int | None = None,
-    normalize: Normalize = "none",
-    mask: Bool[Array, "..."] | None = None,
+    normalize: str = "none",
+    mask: Shaped[Array, "..."] | None = None,
 ) -> Routing:
     """A token goes to the fewest experts that together have the probability p.
 

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
-from jaxtyping import Array, Bool, Float, Shaped
+from jaxtyping import Array, Float, Shaped
 
 from sparsejax.routing._choices import (
     check_bound,
@@ -30,7 +30,7 @@ def tree(
     gamma: float = 1.0,
     permutation: Shaped[Array, "..."] | None = None,
     max_k: int | None = None,
-    mask: Bool[Array, "..."] | None = None,
+    mask: Shaped[Array, "..."] | None = None,
 ) -> Routing:
     """A token goes to the leaves that k smooth decision trees let it reach.
 
@@ -121,7 +121,7 @@ def tree_entropy(
     nodes: Shaped[Array, "..."],
     *,
     gamma: float = 1.0,
-    mask: Bool[Array, "..."] | None = None,
+    mask: Shaped[Array, "..."] | None = None,
 ) -> Float[Array, ""]:
     """How undecided the trees of ``tree`` are: a penalty that makes them hard.
 
