@@ -54,9 +54,9 @@ from sparsejax.layers._linear import (
 )
 from sparsejax.layers._linear import init_masked_linear as init_masked_linear
 from sparsejax.layers._moe import MoEAux as MoEAux
-from sparsejax.layers._moe import MoESpec as MoESpec
 from sparsejax.layers._moe import apply_moe as apply_moe
-from sparsejax.layers._moe import init_moe as init_moe
+from sparsejax.layers._moe_spec import MoESpec as MoESpec
+from sparsejax.layers._moe_spec import init_moe as init_moe
 
 __all__ = [
     "BlockSparseLinearSpec",

@@ -1,80 +1,15 @@
 """A feed-forward layer of experts, of which every token uses a few."""
 
-import dataclasses
 import inspect
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from sparsejax import ops, routing
-from sparsejax._dispatch import Choice
-from sparsejax.routing import Routing, RoutingMetrics
-
-# Logits begin with this variance for inputs of variance 1: a tenth of what keeps
-# variance, as Switch Transformers found stable.
-_LOGITS_VARIANCE = 0.1
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class MoESpec:
-    """What a mixture of experts is made of.
-
-    Attributes:
-      features: d, size of x's and y's last axis.
-      hidden_features: f, hidden units of each expert.
-      num_experts: e, experts that are routed to.
-      router: Function of logits float32 ``[t, e]`` to a ``routing.Routing``, such as
-        ``functools.partial(routing.top_k, k=2, normalize="sum_stopgrad")``. It is
-        handed ``mask`` where the call has one, ``bias`` where ``balance`` is set,
-        ``key`` where the call has one and the router takes it, and whatever else the
-        call was given.
-      gated: Whether experts are gated, (activation(x W_gate) * (x W_in)) W_out, instead
-        of activation(x W_in) W_out.
-      activation: Of hidden units, elementwise.
-      shared_experts: How many experts of f hidden units every token passes through
-        besides, without a weight; they are one product of shared_experts * f units.
-      jitter: The router sees x times a uniform draw from [1 - jitter, 1 + jitter) where
-        the call has a key.
-      balance: Whether there is a bias of logits for auxiliary-loss-free balancing.
-      gain: Factor of the initial w_out, see ``init_moe``; None: sqrt(k) where the
-        router is a partial function whose ``k`` is set, as above; 1 for others.
-      dtype: In which experts are computed; None: promoted from x and w_in. The router
-        computes in float32 whatever it is.
-      param_dtype: In which experts are kept. The router's kernel is float32.
-      implementation: As for ``ops.moe_mlp``.
-    """
-
-    features: int
-    hidden_features: int
-    num_experts: int
-    router: Callable[..., Routing]
-    gated: bool = False
-    activation: Callable[[Array], Array] = jax.nn.silu
-    shared_experts: int = 0
-    jitter: float = 0.0
-    balance: bool = False
-    gain: float | None = None
-    dtype: Any = None
-    param_dtype: Any = jnp.float32
-    implementation: Choice = None
-
-    def __post_init__(self):
-        for name in ("features", "hidden_features", "num_experts"):
-            if getattr(self, name) < 1:
-                raise ValueError(
-                    f"{name}: got {getattr(self, name)}, needed a positive int"
-                )
-        if self.shared_experts < 0:
-            raise ValueError(
-                f"shared_experts: got {self.shared_experts}, needed at least 0"
-            )
-        if not 0 <= self.jitter < 1:
-            raise ValueError(f"jitter: got {self.jitter}, needed a number in [0, 1)")
-        if self.balance and not _takes(self.router, "bias"):
-            raise ValueError("balance: got True, needed a router that takes bias=")
+from sparsejax.layers._moe_spec import MoESpec, takes
+from sparsejax.routing import Routing, RoutingMetrics, SoftRouting
 
 
 class MoEAux(NamedTuple):
@@ -86,57 +21,16 @@ class MoEAux(NamedTuple):
       counts: Choices of each expert before any was turned away, int32 ``[e]``: what
         ``routing.update_bias`` takes, after a sum over devices and micro-batches.
       metrics: ``routing.routing_metrics``: load per expert, share dropped, entropies.
-      routing: The ``Routing`` itself, for any other loss, such as that of the balance
-        over all devices.
+      routing: What the router returned, for any other loss, such as that of the balance
+        over all devices. Of a ``SoftRouting`` the figures above are those of a router
+        that sends every token to all experts.
     """
 
     load_balance: Float[Array, ""]
     z: Float[Array, ""]
     counts: Array
     metrics: RoutingMetrics
-    routing: Routing
-
-
-def init_moe(key: Array, spec: MoESpec) -> tuple[dict[str, Array], dict[str, Array]]:
-    """Draws parameters.
-
-    All are normal. Logits have variance 0.1 for x of variance 1; w_in, w_gate and the
-    shared experts have variance 1 / fan-in, as in a dense layer; w_out has gain^2 / f.
-    A sum of k independent terms of weights 1 / k has 1 / k of the variance of one, so
-    gain = sqrt(k) gives y the variance that it has in a dense layer. For other weights
-    it is (sum w) / sqrt(sum w^2). With shared experts both halves have half of it.
-
-    Args:
-      key: PRNG key.
-      spec: The layer.
-
-    Returns:
-      ({"router" float32 [d, e], "w_in" [e, d, f], "w_gate" [e, d, f] where gated,
-      "w_out" [e, f, d], and, where there are shared experts, "shared_in" [d, s],
-      "shared_gate" [d, s] where gated, "shared_out" [s, d]},
-      {"balance" float32 zeros [e]} where ``spec.balance``, else {}).
-    """
-    d, f, e = spec.features, spec.hidden_features, spec.num_experts
-    s = spec.shared_experts * f
-    half = 0.5**0.5 if s else 1.0
-    shapes = {
-        "router": ((d, e), (_LOGITS_VARIANCE / d) ** 0.5),
-        "w_in": ((e, d, f), d**-0.5),
-        "w_gate": ((e, d, f), d**-0.5),
-        "w_out": ((e, f, d), half * f**-0.5),
-        "shared_in": ((d, s), d**-0.5),
-        "shared_gate": ((d, s), d**-0.5),
-        "shared_out": ((s, d), half * max(s, 1) ** -0.5),
-    }
-    keys = dict(zip(shapes, jax.random.split(key, len(shapes)), strict=True))
-    params = {}
-    for name in _names(spec):
-        shape, std = shapes[name]
-        value = std * jax.random.normal(keys[name], shape, jnp.float32)
-        if name == "w_out":
-            value = _gain(spec) * value
-        params[name] = value if name == "router" else value.astype(spec.param_dtype)
-    return params, {"balance": jnp.zeros(e, jnp.float32)} if spec.balance else {}
+    routing: Routing | SoftRouting
 
 
 def apply_moe(
@@ -146,6 +40,7 @@ def apply_moe(
     *,
     balance: Float[Array, " e"] | None = None,
     mask: Bool[Array, "..."] | None = None,
+    ids: Int[Array, "..."] | None = None,
     key: Array | None = None,
     **router_arguments: Any,
 ) -> tuple[Float[Array, "*batch d"], MoEAux]:
@@ -163,16 +58,20 @@ def apply_moe(
         neither weights nor gradients.
       mask: True for tokens, False for padding, ``[...]``. Padding is routed nowhere,
         its y is 0, and what its x holds has no influence, NaN included.
+      ids: What ``routing.hash_routing`` chooses by, integers ``[...]``: bytes, words,
+        modalities.
       key: For jitter and for routers that draw; None: neither, as in evaluation.
-      **router_arguments: More arguments of the router; arrays over tokens are flat.
+      **router_arguments: More arguments of the router, such as a temperature; arrays
+        over tokens are flat.
 
     Returns:
       y ``[..., d]`` and a ``MoEAux``.
 
     Raises:
       ValueError: ``balance`` is given and ``spec.balance`` is not set, or the other way
-        round; the shape of mask is not that of x's leading axes; the router returned
-        something else than a ``Routing`` of these tokens and experts.
+        round; the shape of mask or ids is not that of x's leading axes; the router
+        returned something else than a ``Routing`` of these tokens and experts.
+      NotImplementedError: ``implementation`` names one that cannot serve.
 
     Example:
       >>> import functools
@@ -202,34 +101,37 @@ def apply_moe(
         )
     if x.shape[-1] != spec.features:
         raise ValueError(f"x: got {x.shape}, needed [..., {spec.features}]")
-    if mask is not None and mask.shape != x.shape[:-1]:
-        raise ValueError(f"mask: got {mask.shape}, needed {x.shape[:-1]}, as x has")
+    for name, given in (("mask", mask), ("ids", ids)):
+        if given is not None and given.shape != x.shape[:-1]:
+            raise ValueError(
+                f"{name}: got {given.shape}, needed {x.shape[:-1]}, as x has"
+            )
     batch, x = x.shape[:-1], x.reshape(-1, spec.features)
     if mask is not None:
         mask = mask.reshape(-1)
         x = jnp.where(mask[:, None], x, jnp.zeros_like(x))
+    given = {
+        "mask": mask,
+        "ids": None if ids is None else ids.reshape(-1),
+        # No gradient: the bias is moved by counts alone.
+        "bias": None if balance is None else jax.lax.stop_gradient(balance),
+        "key": key if takes(spec.router, "key") else None,
+    }
+    given = {name: value for name, value in given.items() if value is not None}
     logits = _logits(spec, params["router"], x, key)
-    chosen = _route(spec, logits, mask, balance, key, router_arguments)
+    chosen = _route(spec, logits, {**given, **router_arguments})
 
     dtype = spec.dtype or jnp.promote_types(x.dtype, params["w_in"].dtype)
     x = x.astype(dtype)
-    y = ops.moe_mlp(
-        x,
-        chosen,
-        params["w_in"],
-        params["w_out"],
-        w_gate=params.get("w_gate"),
-        activation=spec.activation,
-        dtype=dtype,
-        implementation=spec.implementation,
-    ).astype(dtype)
+    y = _experts(spec, params, x, chosen, dtype)
     if spec.shared_experts:
         y = y + _shared(spec, params, x, mask)
+    counted = chosen if isinstance(chosen, Routing) else _every_expert(chosen)
     aux = MoEAux(
-        load_balance=routing.load_balance_loss(chosen),
+        load_balance=routing.load_balance_loss(counted),
         z=routing.z_loss(logits, mask=mask),
-        counts=chosen.counts() if chosen.demand is None else chosen.demand,
-        metrics=routing.routing_metrics(chosen),
+        counts=counted.counts() if counted.demand is None else counted.demand,
+        metrics=routing.routing_metrics(counted),
         routing=chosen,
     )
     return y.reshape(*batch, spec.features), aux
@@ -252,25 +154,49 @@ def _jitter_key(key):
     return jax.random.fold_in(key, 1)
 
 
-def _route(spec, logits, mask, balance, key, arguments):
-    if mask is not None:
-        arguments = {"mask": mask, **arguments}
-    if balance is not None:
-        # No gradient: the bias is moved by counts alone.
-        arguments = {"bias": jax.lax.stop_gradient(balance), **arguments}
-    if key is not None and _takes(spec.router, "key"):
-        arguments = {"key": key, **arguments}
-    chosen = spec.router(logits, **arguments)
-    if not isinstance(chosen, Routing):
+def _route(spec, logits, arguments):
+    # By name where it has that name: the first argument of hash_routing are ids.
+    if "logits" in inspect.signature(spec.router).parameters:
+        chosen = spec.router(logits=logits, **arguments)
+    else:
+        chosen = spec.router(logits, **arguments)
+    if not isinstance(chosen, Routing | SoftRouting):
         raise ValueError(
             f"router: got one that returns {type(chosen).__name__}, needed a Routing"
         )
-    if chosen.probs.shape != (len(logits), spec.num_experts):
+    scores = chosen.probs if isinstance(chosen, Routing) else chosen.combine
+    if scores.shape[:2] != (len(logits), spec.num_experts):
         raise ValueError(
-            f"router: got a routing of {chosen.probs.shape}, needed "
+            f"router: got a routing of {scores.shape[:2]}, needed "
             f"{(len(logits), spec.num_experts)}, tokens and experts"
         )
     return chosen
+
+
+def _experts(spec, params, x, chosen, dtype):
+    arrays = (x, chosen, params["w_in"], params["w_out"])
+    how = dict(w_gate=params.get("w_gate"), activation=spec.activation, dtype=dtype)
+    if isinstance(chosen, Routing):
+        return ops.moe_mlp(*arrays, **how, implementation=spec.implementation)
+    if spec.implementation not in (None, "xla"):
+        raise NotImplementedError(
+            f"implementation: got {spec.implementation!r}, needed 'xla' or None for a "
+            "SoftRouting: its products are dense"
+        )
+    return routing.soft_mlp(*arrays, **how)
+
+
+def _every_expert(soft):
+    """A soft routing as choices: each token at all experts."""
+    shares = soft.combine.sum(axis=2)
+    among = True if soft.mask is None else soft.mask[:, None]
+    return Routing(
+        indices=jax.lax.broadcasted_iota(jnp.int32, shares.shape, 1),
+        weights=shares,
+        valid=jnp.broadcast_to(among, shares.shape),
+        probs=shares,
+        mask=soft.mask,
+    )
 
 
 def _shared(spec, params, x, mask):
@@ -285,25 +211,3 @@ def _shared(spec, params, x, mask):
     y = product(hidden, "shared_out")
     # An activation may have a value at 0.
     return y if mask is None else jnp.where(mask[:, None], y, jnp.zeros_like(y))
-
-
-def _names(spec):
-    """Of the parameters that the spec has."""
-    names = ["router", "w_in", *(["w_gate"] if spec.gated else []), "w_out"]
-    if spec.shared_experts:
-        gate = ["shared_gate"] if spec.gated else []
-        names += ["shared_in", *gate, "shared_out"]
-    return names
-
-
-def _gain(spec):
-    if spec.gain is not None:
-        return spec.gain
-    k = inspect.signature(spec.router).parameters.get("k")
-    return k.default**0.5 if k is not None and isinstance(k.default, int) else 1.0
-
-
-def _takes(function, name):
-    parameters = inspect.signature(function).parameters
-    catches_all = (p.kind is p.VAR_KEYWORD for p in parameters.values())
-    return name in parameters or any(catches_all)

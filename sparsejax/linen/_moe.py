@@ -7,10 +7,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from sparsejax import layers
-from sparsejax.routing import Routing
+from sparsejax.routing import Routing, SoftRouting
 
 
 class MoE(nn.Module):
@@ -24,7 +24,8 @@ class MoE(nn.Module):
     features: int
     hidden_features: int
     num_experts: int
-    router: Callable[..., Routing]
+    router: Callable[..., Routing | SoftRouting]
+    router_outputs: int | None = None
     gated: bool = False
     activation: Callable[[Array], Array] = jax.nn.silu
     shared_experts: int = 0
@@ -41,6 +42,7 @@ class MoE(nn.Module):
         x: Float[Array, "*batch d"],
         *,
         mask: Bool[Array, "..."] | None = None,
+        ids: Int[Array, "..."] | None = None,
         key: Array | None = None,
         **router_arguments: Any,
     ) -> tuple[Float[Array, "*batch d"], layers.MoEAux]:
@@ -52,13 +54,14 @@ class MoE(nn.Module):
                 self.param(name, lambda _, value=value: value)
             for name, value in state.items():
                 self.variable("balance", name, lambda value=value: value)
-        params = self.variables["params"]
+        params = dict(self.variables["params"])
         return layers.apply_moe(
             spec,
             params,
             x,
             balance=self.get_variable("balance", "balance"),
             mask=mask,
+            ids=ids,
             key=key,
             **router_arguments,
         )

@@ -6,10 +6,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from sparsejax import layers
-from sparsejax.routing import Routing
+from sparsejax.routing import Routing, SoftRouting
 
 
 class Balance(nnx.Variable):
@@ -43,7 +43,8 @@ class MoE(nnx.Module):
         hidden_features: int,
         *,
         num_experts: int,
-        router: Callable[..., Routing],
+        router: Callable[..., Routing | SoftRouting],
+        router_outputs: int | None = None,
         gated: bool = False,
         activation: Callable[[Array], Array] = jax.nn.silu,
         shared_experts: int = 0,
@@ -61,6 +62,7 @@ class MoE(nnx.Module):
             hidden_features=hidden_features,
             num_experts=num_experts,
             router=router,
+            router_outputs=router_outputs,
             gated=gated,
             activation=activation,
             shared_experts=shared_experts,
@@ -75,26 +77,27 @@ class MoE(nnx.Module):
         self.names = tuple(params)
         for name, value in params.items():
             setattr(self, name, nnx.Param(value))
-        for name, value in state.items():
-            setattr(self, name, Balance(value))
+        self.balance = Balance(state["balance"]) if balance else nnx.data(None)
 
     def __call__(
         self,
         x: Float[Array, "*batch d"],
         *,
         mask: Bool[Array, "..."] | None = None,
+        ids: Int[Array, "..."] | None = None,
         key: Array | None = None,
         **router_arguments: Any,
     ) -> tuple[Float[Array, "*batch d"], layers.MoEAux]:
         """Computes y ``[..., d]`` and what was chosen; see ``layers.apply_moe``."""
         params = {name: getattr(self, name).get_value() for name in self.names}
-        balance = self.balance.get_value() if self.spec.balance else None
+        balance = self.balance
         return layers.apply_moe(
             self.spec,
             params,
             x,
-            balance=balance,
+            balance=None if balance is None else balance.get_value(),
             mask=mask,
+            ids=ids,
             key=key,
             **router_arguments,
         )

@@ -147,32 +147,84 @@ def test_gradients_equal_differences_of_the_loop(case):
         assert_close(got[name], want, low[name])
 
 
+def parted_tree(z, mask=None):
+    """Two trees: two nodes and three leaves each."""
+    nodes, leaves = z[:, :4].reshape(-1, 2, 2), z[:, 4:].reshape(-1, 2, 3)
+    return routing.tree(nodes, leaves, mask=mask)
+
+
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
+IDS = np.array([4, 0, 1, 5, 3, 4])
+
+
 @pytest.mark.parametrize(
-    "router",
+    ("router", "more"),
     [
-        functools.partial(routing.top_k, k=1),
-        functools.partial(routing.top_k, k=E, score="sigmoid"),
-        functools.partial(routing.top_k, k=2, capacity=2),
+        (functools.partial(routing.top_k, k=2, capacity=2), {}),
+        (functools.partial(routing.expert_choice, capacity=3), {}),
+        (functools.partial(routing.hash_routing, num_experts=E, k=2), {"ids": IDS}),
+        slow(functools.partial(routing.top_k, k=1), {}),
+        slow(functools.partial(routing.top_k, k=E, score="sigmoid"), {}),
+        slow(functools.partial(routing.sinkhorn, k=2), {}),
+        slow(functools.partial(routing.threshold, threshold=0.3), {}),
+        slow(functools.partial(routing.top_p, p=0.6), {}),
+        slow(routing.relu, {}),
+        slow(functools.partial(routing.dense_to_sparse, k=1), {"temperature": 0.5}),
+        slow(parted_tree, {}),
     ],
-    ids=["k=1", "k=E", "capacity"],
+    ids=lambda value: getattr(getattr(value, "func", value), "__name__", ""),
 )
-def test_any_router(router):
+def test_any_router(router, more):
     """The choices that a router lists are those that are computed."""
-    spec, params, x = make(router=router, gated=True)
-    y, aux = apply_moe(spec, params, x)
+    outputs = 10 if router is parted_tree else None
+    spec, params, x = make(router=router, gated=True, router_outputs=outputs)
+    more = {name: jnp.asarray(value) for name, value in more.items()}
+    y, aux = apply_moe(spec, params, x, mask=jnp.asarray(MASK), **more)
     p = {name: np.asarray(a, np.float64) for name, a in params.items()}
     row = np.asarray(x, np.float64)
-    logits = np.asarray(x) @ np.asarray(params["router"])
-    chosen = router(jnp.asarray(logits))
+    logits = jnp.asarray(np.asarray(x) @ np.asarray(params["router"]))
+    if "ids" in more:
+        chosen = router(logits=logits, mask=jnp.asarray(MASK), **more)
+    else:
+        chosen = router(logits, mask=jnp.asarray(MASK), **more)
     want = np.zeros((T, D))
     for t, e, w in zip(*map(np.asarray, chosen.choices()), strict=True):
         if e < E:
             want[t] += np.float64(w) * expert(
                 row[t], p["w_in"][e], p["w_out"][e], p["w_gate"][e]
             )
-    assert want.any()
+    assert want.any() and not want[2].any()
     np.testing.assert_allclose(y, want, rtol=1e-4, atol=1e-5)
     np.testing.assert_array_equal(aux.routing.indices, chosen.indices)
+    np.testing.assert_array_equal(aux.metrics.load, chosen.counts())
+
+
+def test_soft_moe():
+    """Slots are means of tokens, tokens means of slots, by two softmaxes; float64."""
+    spec, params, x = make(
+        router=lambda z, mask: routing.soft(z.reshape(-1, E, 2), mask=mask),
+        router_outputs=2 * E,
+    )
+    x = jnp.where(MASK[:, None], x, jnp.nan)  # padding
+    y, aux = apply_moe(spec, params, x, mask=jnp.asarray(MASK))
+    p = {name: np.asarray(a, np.float64) for name, a in params.items()}
+    tokens = np.asarray(x, np.float64)[MASK]
+    scores = np.exp(tokens @ p["router"])  # [t, 2 e]
+    slots = (scores / scores.sum(axis=0)).T @ tokens
+    outputs = [
+        expert(s, p["w_in"][i // 2], p["w_out"][i // 2], None)
+        for i, s in enumerate(slots)
+    ]
+    want = (scores / scores.sum(axis=1, keepdims=True)) @ np.array(outputs)
+    np.testing.assert_allclose(y[MASK], want, rtol=1e-4, atol=1e-5)
+    assert not y[2].any()
+    # As one that sends each token to all experts.
+    np.testing.assert_array_equal(aux.counts, [5, 5, 5])
+    np.testing.assert_allclose(aux.load_balance, 1.0, rtol=1e-6)
+    assert aux.metrics.dropped == 0 and aux.metrics.unserved == 0
+    named = dataclasses.replace(spec, implementation="mosaic_tpu")
+    with pytest.raises(NotImplementedError, match="implementation: got 'mosaic_tpu'"):
+        layers.apply_moe(named, params, x, mask=jnp.asarray(MASK))
 
 
 def identity(x):
@@ -292,16 +344,18 @@ def test_jitter_multiplies_the_inputs_of_the_router_alone():
 def test_the_router_takes_keys_and_arguments():
     seen = {}
 
-    def router(logits, *, ids, key=None, mask=None):
-        seen.update(ids=ids, key=key, mask=mask)
+    def router(logits, *, ids, other=None, key=None, mask=None):
+        seen.update(ids=ids, other=other, key=key, mask=mask)
         return routing.top_k(logits, 1, mask=mask)
 
     spec, params = by_hand(router=router)
     x, key = jnp.ones((1, 2, 2)), jax.random.key(3)
     mask = jnp.array([[True, False]])
-    layers.apply_moe(spec, params, x, key=key, mask=mask, ids="given")
-    assert seen["ids"] == "given" and seen["key"] is key and seen["mask"].shape == (2,)
-    layers.apply_moe(spec, params, x, ids="given")
+    ids = jnp.array([[5, 7]])
+    layers.apply_moe(spec, params, x, key=key, mask=mask, ids=ids, other="given")
+    assert seen["other"] == "given" and seen["key"] is key
+    assert seen["mask"].tolist() == [True, False] and seen["ids"].tolist() == [5, 7]
+    layers.apply_moe(spec, params, x, ids=ids)
     assert seen["key"] is None and seen["mask"] is None
 
 
@@ -422,6 +476,7 @@ def test_bad_arguments():
     for name, bad, needed in [
         ("features", 0, "a positive int"),
         ("num_experts", -1, "a positive int"),
+        ("router_outputs", 0, "a positive int"),
         ("shared_experts", -1, "at least 0"),
         ("jitter", 1.0, r"a number in \[0, 1\)"),
     ]:
@@ -435,6 +490,8 @@ def test_bad_arguments():
         layers.apply_moe(change(balance=True), params, x)
     with pytest.raises(ValueError, match=r"mask: got \(1, 6\), needed \(6,\), as x"):
         layers.apply_moe(spec, params, x, mask=jnp.ones((1, 6), bool))
+    with pytest.raises(ValueError, match=r"ids: got \(5,\), needed \(6,\), as x"):
+        layers.apply_moe(spec, params, x, ids=jnp.ones(5, int))
     with pytest.raises(ValueError, match=r"x: got \(6, 3\), needed \[..., 4\]"):
         layers.apply_moe(spec, params, x[:, :3])
     with pytest.raises(ValueError, match="router: got one that returns tuple"):
