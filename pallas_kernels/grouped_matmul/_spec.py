@@ -72,6 +72,148 @@ class Config:
 
 # --- TPU: Pallas Mosaic -------------------------------------------------------------
 
+# VMEM of one core in MiB, less what the compiler keeps for itself. Where the chip is
+# not known yet the tiles must fit the smallest.
+_TPU_VMEM = {"v4": 13, "v5e": 100, "v5p": 52, "v6e": 100, "tpu7x": 52, None: 13}
+# Cores that one device's grid is shared by.
+_TPU_CORES = {"v4": 2, "v5p": 2, None: 1}
+# Chips whose matrix units are 256 wide.
+_TPU_WIDE = ("v6e", "tpu7x")
+# Bytes of SMEM that the lists of one call may take.
+_TPU_SMEM = 900 * 2**10
+_TPU_LANES = 128
+# What the compiler keeps in VMEM beside the buffers asked for: spills, constants.
+_TPU_SLACK = 2 * 2**20
+
+
+def check_mosaic_tpu(problem: Problem, chip: str | None) -> None:
+    """Raises NotImplementedError where the TPU kernels do not serve the problem.
+
+    Args:
+        problem: the product asked for.
+        chip: "v4", "v5e", "v5p", "v6e", "tpu7x", another chip's name, or None where it
+            is not known yet.
+    """
+    if chip not in _TPU_VMEM:
+        served = ", ".join(name for name in _TPU_VMEM if name)
+        raise NotImplementedError(f"mosaic_tpu: chip is {chip}, needs one of {served}")
+    if problem.dtype not in ("bfloat16", "float32"):
+        raise NotImplementedError(
+            f"mosaic_tpu: dtype is {problem.dtype}, needs bfloat16 or float32"
+        )
+    served = (problem.dtype,)
+    if problem.op == "grouped_sampled":
+        served = (problem.dtype, "float32")
+    if problem.out_dtype not in served:
+        raise NotImplementedError(
+            f"mosaic_tpu: out_dtype is {problem.out_dtype} for {problem.op}, needs "
+            f"{' or '.join(served)}"
+        )
+    for name in ("m", "k", "n", "groups"):
+        if getattr(problem, name) < 1:
+            raise NotImplementedError(
+                f"mosaic_tpu: {name} is {getattr(problem, name)}, needs at least 1"
+            )
+    tile_m = config_mosaic_tpu(problem, chip).tile_m
+    lists = 4 * (2 * (-(-problem.m // tile_m) + problem.groups) + problem.groups + 2)
+    if lists > _TPU_SMEM:
+        raise NotImplementedError(
+            f"mosaic_tpu: m={problem.m}, groups={problem.groups} have lists that take "
+            f"{lists} bytes of SMEM, needs at most {_TPU_SMEM}: fewer groups or rows"
+        )
+
+
+def config_mosaic_tpu(problem: Problem, chip: str | None) -> Config:
+    """Picks the tiles of the TPU kernels from mean rows per group and the chip.
+
+    A row tile is read once for all its groups, and only the windows of ``rows`` that
+    hold a group's rows are multiplied: its height costs VMEM alone. Wide tiles read x
+    less often; a contraction that is held whole needs no accumulator. By the
+    compiler's schedule, not yet by measurement.
+    """
+    room = _TPU_VMEM.get(chip, _TPU_VMEM[None]) * 2**20
+    config = None
+    for tile_m, tile_k, tile_n in _tiles_mosaic_tpu(problem, _TPU_CORES.get(chip, 1)):
+        rows = _rows_mosaic_tpu(problem, tile_m, chip in _TPU_WIDE)
+        config = Config(tile_m, tile_k, tile_n, rows)
+        config = dataclasses.replace(config, vmem=vmem_mosaic_tpu(problem, config))
+        if config.vmem <= room:
+            break
+    assert config is not None
+    return config
+
+
+def _tiles_mosaic_tpu(problem: Problem, cores: int):
+    """(tile_m, tile_k, tile_n), the best first; the last ones fit every chip."""
+    k, n = problem.k, problem.n
+    rows = -(-problem.m // 16) * 16
+    if problem.op == "grouped_sampled":
+        for tile_m, side in ((1024, 1024), (512, 1024), (512, 512), (128, 256)):
+            yield min(tile_m, rows), _part(k, side, cores), _part(n, side)
+        return
+    inner, outer = (n, k) if problem.op == "grouped_transposed" else (k, n)
+    whole = [(inner, *pair) for pair in ((512, 1024), (512, 512), (256, 512))]
+    parts = [
+        (2048, 512, 1024), (2048, 512, 512), (1024, 512, 512), (512, 256, 512),
+        (512, 256, 256), (256, 128, 128),
+    ]  # fmt: skip
+    for most, tile_m, wide in (*whole, (inner, 128, 512), *parts):
+        tile_in, tile_out = _part(inner, most), _part(outer, wide, cores)
+        sides = (tile_in, tile_out)
+        if problem.op == "grouped_transposed":
+            sides = (tile_out, tile_in)
+        yield min(tile_m, rows), *sides
+
+
+def _part(size: int, most: int, cores: int = 1) -> int:
+    """A tile of up to ``most`` (in whole lanes): all alike, as many as cores share."""
+    lanes = -(-size // _TPU_LANES)
+    tiles = -(-size // most)
+    if lanes >= cores:
+        tiles = -(-tiles // cores) * cores
+    return -(-lanes // tiles) * _TPU_LANES
+
+
+def _rows_mosaic_tpu(problem: Problem, tile_m: int, wide: bool) -> int:
+    """Rows of a window: the fewest cycles for a group of mean size.
+
+    A window costs what filling the matrix units with weights costs, counted in rows,
+    and its rows; a group has half a window more than its rows need.
+    """
+    mean = problem.m / problem.groups + 8
+    if problem.op == "grouped_sampled":
+        least, fixed = (256, 20) if wide else (128, 20)
+    else:
+        least, fixed = (16, 240) if wide else (40, 6)
+    sizes = [r for r in (16, 32, 64, 128, 256, 512) if r < tile_m] + [min(tile_m, 512)]
+    return min(
+        sizes,
+        key=lambda r: max(1, mean / r + 0.5) * (max(r, least) + fixed),
+    )
+
+
+def vmem_mosaic_tpu(problem: Problem, config: Config) -> int:
+    """Bytes of VMEM that a kernel asks for."""
+    item = 2 if problem.dtype == "bfloat16" else 4
+    out = 2 if problem.out_dtype == "bfloat16" else 4
+    tile_m, tile_k, tile_n = config.tile_m, config.tile_k, config.tile_n
+    rows, matrix = config.rows, tile_k * tile_n
+    both = tile_k + tile_n
+    if problem.op == "grouped_sampled":
+        # A window masked, its x transposed; a sum of float32, and what is added to it.
+        total = item * (2 * tile_m * both + rows * (both + tile_k)) + 2 * matrix * out
+        return total + 4 * matrix * (2 if out == 2 else 1) + _TPU_SLACK
+    inner, side_in, side_out = problem.k, tile_k, tile_n
+    if problem.op == "grouped_transposed":
+        inner, side_in, side_out = problem.n, tile_n, tile_k
+    total = 2 * item * (tile_m * both + matrix) + 2 * 4 * rows * side_out
+    if inner > side_in:
+        total += 4 * tile_m * side_out
+    if inner % side_in:
+        # The operands with what lies outside their arrays cut off.
+        total += item * (matrix + rows * side_in)
+    return total + _TPU_SLACK
+
 
 # --- GPU: Pallas Mosaic, Hopper -----------------------------------------------------
 
@@ -130,8 +272,7 @@ def config_mosaic_gpu(problem: Problem, chip: str | None) -> Config:
     programs = _HOPPER_MULTIPROCESSORS.get(chip, _HOPPER_MULTIPROCESSORS[None])
     width = problem.k if problem.op == "grouped_transposed" else problem.n
     wide = 256 if width > 128 else 128
-    # What a result leaves through: 64 x 64 for each of two warpgroups; for a product
-    # twice, swizzled for whole pieces and not for parts.
+    # What a result leaves through: two pieces of 16 bits for each of two warpgroups.
     out = 2 * HOPPER_PIECE**2 * 4
     if problem.op == "grouped_sampled":
         tile_m = HOPPER_PIECE
