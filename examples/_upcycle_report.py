@@ -1,10 +1,13 @@
-"""What ``upcycle_lm.py`` shows: table, curves, loads."""
+"""What ``upcycle_lm.py`` shows: progress, table, curves, loads."""
 
+import dataclasses
 import json
+import math
 import pathlib
+import platform
 import statistics
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import matplotlib
@@ -14,10 +17,17 @@ matplotlib.use("Agg")  # pictures go to files, also where there is no screen
 import matplotlib.pyplot as plt
 import numpy as np
 import rich.console
+import rich.progress
 from _compare_report import markdown, on_terminal, score
 
 from sparsejax import routing
 
+NAMES = {
+    "dense": "dense, before",
+    "continued": "dense, continued",
+    "upcycled": "MoE, upcycled",
+    "scratch": "MoE, from scratch",
+}
 # Told apart also without colour vision (Okabe and Ito).
 COLORS = {
     "dense": "0.45",
@@ -25,13 +35,73 @@ COLORS = {
     "upcycled": "#D55E00",
     "scratch": "#009E73",
 }
-NAMES = {
-    "dense": "dense, before",
-    "continued": "dense, continued",
-    "upcycled": "MoE, upcycled",
-    "scratch": "MoE, from scratch",
-}
-Row = dict[str, Any]
+SPLITS = ("validation", "test")
+
+
+class Row(NamedTuple):
+    """One training."""
+
+    arm: str
+    seed: int
+    parameters: int  # stored
+    records: list[dict[str, Any]]  # its log
+
+
+def make_console() -> rich.console.Console:
+    """As wide as the terminal; wide enough for the table where there is none."""
+    console = rich.console.Console()
+    return console if console.is_terminal else rich.console.Console(width=150)
+
+
+class Display:
+    """A bar per training on a terminal; elsewhere a line per evaluation."""
+
+    def __init__(
+        self, config: Any, arms: Sequence[str], seeds: Sequence[int], text: Any
+    ):
+        self.config, self.console = config, make_console()
+        self.console.print(
+            f"text: {text.source}: {len(text.train) / 1e6:.1f} MB to train on, "
+            f"{len(text.validation) / 1e6:.1f} MB held out"
+        )
+        self.progress = rich.progress.Progress(
+            "{task.description}",
+            rich.progress.BarColumn(),
+            rich.progress.MofNCompleteColumn(),
+            "{task.fields[loss]:.3f} bits/byte",
+            rich.progress.TimeRemainingColumn(),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
+        self.tasks = {
+            (arm, seed): self.progress.add_task(
+                f"seed {seed}, {NAMES[arm]}",
+                total=config.steps_of(arm),
+                loss=math.nan,
+                start=False,
+            )
+            for seed in seeds
+            for arm in arms
+        }
+
+    def __enter__(self):
+        self.progress.start()
+        return self
+
+    def __exit__(self, *_):
+        self.progress.stop()
+
+    def update(self, arm: str, seed: int, records: list[dict[str, Any]]) -> None:
+        """Shows the newest record of a training."""
+        record, task = records[-1], self.tasks[arm, seed]
+        self.progress.start_task(task)
+        self.progress.update(task, completed=record["step"], loss=record["validation"])
+        if not self.console.is_terminal:
+            self.console.print(
+                f"seed {seed}, {NAMES[arm]}, step {record['step']}/"
+                f"{self.config.steps_of(arm)}: validation {record['validation']:.4f} "
+                f"bits per byte, {record['seconds']:.0f} s"
+            )
 
 
 def finish(
@@ -39,42 +109,61 @@ def finish(
     config: Any,
     report: str,
     command: str,
+    source: str,
     out: pathlib.Path,
-    console: rich.console.Console,
 ) -> None:
     """Writes everything and prints the table."""
     lines, results = compare(rows, config)
-    head = (
-        f"Bits per byte, mean ± standard error over {len(seeds_of(rows))} seeds; "
-        f"{config.extra_steps} extra steps of the MoE cost what "
-        f"{config.equal_flops_steps} of the dense model do.\n\n"
+    seeds, extra = len(seeds_of(rows)), config.extra_steps
+    title = f"bits per byte, mean ± standard error over {seeds} seeds"
+    dense, moe = (config.flops_per_step(ffn) for ffn in ("dense", "moe"))
+    notes = (
+        f"A step of the MoE, {config.experts_per_token} of {config.experts} experts "
+        f"and the router, costs {moe / dense:.3f} of a dense one: its {extra} "
+        f"extra steps are {config.equal_flops_steps} dense steps, which the dense "
+        "model takes on the same schedule and further data. All that come after the "
+        "dense model see the same batches in the same order. From scratch begins its "
+        "own warm-up and has not had the dense model's steps; the others go on at its "
+        f"step {config.steps} of the learning rate's schedule. Differences are by "
+        "seed, what upcycling gains above 0.",
+        f"Upcycled: {config.mode}, moments {config.opt_state}. "
+        + report.splitlines()[0][:1].upper()
+        + report.splitlines()[0][1:]
+        + ".",
+        f"Text: {source} (Python {platform.python_version()}).",
+        ", ".join(f"{k} {v}" for k, v in dataclasses.asdict(config).items()) + ".",
     )
-    foot = f"\nUpcycling, {config.mode}, moments {config.opt_state}: "
-    foot += report.splitlines()[0] + f"\n\n    {command}\n"
-    (out / "table.md").write_text(head + markdown(lines) + foot)
+    by_seed = seed_lines(results, seeds_of(rows))
+    (out / "table.md").write_text(
+        f"# Upcycling: {title}\n\n    {command}\n\n{markdown(lines)}\n"
+        "Validation by seed:\n\n"
+        + markdown(by_seed)
+        + "".join(f"\n{note}\n" for note in notes)
+    )
     found = {
         "command": command,
-        "config": vars(config) if not hasattr(config, "__dict__") else config.__dict__,
+        "config": dataclasses.asdict(config),
+        "flops_per_step": {"dense": dense, "moe": moe},
         "report": report,
+        "seeds": seeds_of(rows),
+        "text": source,
+        "python": platform.python_version(),
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
         "results": results,
         "curves": [
-            {
-                "arm": row["arm"],
-                "seed": row["seed"],
-                "step": [r["step"] for r in row["records"]],
-                "validation": [round(r["validation"], 5) for r in row["records"]],
-                "test": [round(r["test"], 5) for r in row["records"]],
-            }
+            {"arm": row.arm, "seed": row.seed, "step": [r["step"] for r in row.records]}
+            | {s: [round(r[s], 5) for r in row.records] for s in SPLITS}
             for row in rows
         ],
     }
-    (out / "results.json").write_text(json.dumps(found, indent=1) + "\n")
+    (out / "results.json").write_text(json.dumps(found) + "\n")
     (out / "report.txt").write_text(report + "\n")
     plot_curves(rows, config, out / "curves.png")
     plot_load(rows, out / "load.png")
-    console.print(on_terminal(lines, head.strip()))
+    console = make_console()
+    console.print(on_terminal(lines, title))
+    console.print(on_terminal(by_seed, "validation by seed"))
     console.print(report)
     console.print(
         f"wrote table.md, results.json, report.txt, curves.png, load.png to {out}"
@@ -86,16 +175,16 @@ def finish(
 
 def seeds_of(rows: Sequence[Row]) -> list[int]:
     """Those of the rows, rising."""
-    return sorted({row["seed"] for row in rows})
+    return sorted({row.seed for row in rows})
 
 
 def at(rows: Sequence[Row], arm: str, step: int, split: str) -> list[float]:
     """Loss of an arm at a step, by seed."""
     found = {
-        row["seed"]: record[split]
+        row.seed: record[split]
         for row in rows
-        if row["arm"] == arm
-        for record in row["records"]
+        if row.arm == arm
+        for record in row.records
         if record["step"] == step
     }
     return [found[seed] for seed in seeds_of(rows)]
@@ -107,6 +196,7 @@ def compare(
     """The table, its head first, and the same as numbers by seed."""
     dense, moe = (config.flops_per_step(ffn) for ffn in ("dense", "moe"))
     extra, equal = config.extra_steps, config.equal_flops_steps
+    # Name, arm, step of its log, extra steps, what they cost.
     cases = [
         ("dense, before", "dense", config.steps, 0, 0),
         ("dense, continued, equal steps", "continued", extra, extra, extra * dense),
@@ -115,94 +205,93 @@ def compare(
         ("MoE, from scratch", "scratch", extra, extra, extra * moe),
     ]
     head = (
-        *("model", "extra steps", "extra TFLOPs", "validation", "test"),
-        *("upcycled is lower by, validation", "by, test"),
+        *("model", "parameters, M", "extra steps", "extra TFLOPs"),
+        *("validation", "minus upcycled", "test", "minus upcycled"),
     )
     lines, results = [head], []
     for name, arm, step, steps, flops in cases:
-        cells, result = [], {"model": name, "extra_steps": steps, "extra_flops": flops}
-        gaps = []
-        for split in ("validation", "test"):
+        (parameters,) = {row.parameters for row in rows if row.arm == arm}
+        result = {
+            "model": name,
+            "parameters": parameters,
+            "extra_steps": steps,
+            "extra_flops": flops,
+        }
+        cells = []
+        for split in SPLITS:
             values = at(rows, arm, step, split)
-            best = at(rows, "upcycled", extra, split)
-            gap = [v - u for v, u in zip(values, best, strict=True)]
+            upcycled = at(rows, "upcycled", extra, split)
+            gap = [v - u for v, u in zip(values, upcycled, strict=True)]
             cells.append(f"{score(values):.4f}")
-            gaps.append("" if arm == "upcycled" else f"{score(gap):+.4f}")
+            cells.append("" if arm == "upcycled" else f"{score(gap):+.4f}")
             result[split] = values
-            result[f"upcycled_lower_by_{split}"] = gap
             result[f"{split}_mean"] = statistics.fmean(values)
-        lines.append((name, str(steps), f"{flops / 1e12:.2f}", *cells, *gaps))
+            result[f"{split}_minus_upcycled"] = gap
+        counts = f"{parameters / 1e6:.2f}", str(steps), f"{flops / 1e12:.2f}"
+        lines.append((name, *counts, *cells))
         results.append(result)
     return lines, results
+
+
+def seed_lines(
+    results: Sequence[dict[str, Any]], seeds: Sequence[int]
+) -> list[tuple[str, ...]]:
+    """Rows of text, the head first: validation of each seed."""
+    lines = [("model", *(f"seed {seed}" for seed in seeds))]
+    return lines + [
+        (result["model"], *(f"{loss:.4f}" for loss in result["validation"]))
+        for result in results
+    ]
 
 
 # ---- pictures ----------------------------------------------------------------------
 
 
 def plot_curves(rows: Sequence[Row], config: Any, path: pathlib.Path) -> None:
-    """Validation loss over extra steps and over extra FLOPs; a line per seed."""
+    """Validation loss over extra steps and over extra FLOPs; a thin line per seed."""
     figure, axes = plt.subplots(
         1, 2, figsize=(11, 4.4), sharey=True, layout="constrained"
     )
-    last = {}
-    for row in rows:
-        arm, records = row["arm"], row["records"]
-        steps = np.array([r["step"] for r in records], float)
-        loss = np.array([r["validation"] for r in records])
-        cost = config.flops_per_step(
-            "moe" if arm in ("upcycled", "scratch") else "dense"
-        )
-        if arm == "dense":
-            steps -= config.steps
-        last.setdefault(arm, []).append(loss)
-        for axis, x in zip(axes, (steps, steps * cost / 1e12), strict=True):
-            axis.plot(x, loss, color=COLORS[arm], alpha=0.35, linewidth=0.9)
-    for arm, losses in last.items():
-        row = next(row for row in rows if row["arm"] == arm)
-        steps = np.array([r["step"] for r in row["records"]], float)
-        cost = config.flops_per_step(
-            "moe" if arm in ("upcycled", "scratch") else "dense"
-        )
-        steps -= config.steps if arm == "dense" else 0
-        for axis, x in zip(axes, (steps, steps * cost / 1e12), strict=True):
-            axis.plot(
-                x,
-                np.mean(losses, axis=0),
-                color=COLORS[arm],
-                linewidth=2,
-                label=NAMES[arm],
-            )
-    finite = np.concatenate([np.ravel(x) for x in last.values()])
-    low, begin = finite.min(), np.mean(last["dense"], axis=0)[-1]
+    means = {}
+    for arm in NAMES:
+        logs = [row.records for row in rows if row.arm == arm]
+        losses = np.array([[r["validation"] for r in log] for log in logs])
+        means[arm] = losses.mean(0)
+        steps = np.array([r["step"] for r in logs[0]], float)
+        steps -= config.steps if arm == "dense" else 0  # it ends where others begin
+        ffn = "dense" if arm in ("dense", "continued") else "moe"
+        flops = steps * config.flops_per_step(ffn) / 1e12
+        for axis, x in zip(axes, (steps, flops), strict=True):
+            axis.plot(x, losses.T, color=COLORS[arm], alpha=0.3, linewidth=0.8)
+            axis.plot(x, means[arm], color=COLORS[arm], linewidth=2, label=NAMES[arm])
     # From scratch begins at 8 bits: what matters is near where the dense model is.
-    axes[0].set_ylim(
-        low - 0.1 * (begin - low) - 0.01, begin + 2.5 * (begin - low) + 0.05
-    )
-    axes[0].set(xlabel="extra train steps", ylabel="validation loss, bits per byte")
+    begin, low = means["dense"][-1], min(mean.min() for mean in means.values())
+    high = max(means["scratch"][-1], begin) + (begin - low)
+    axes[0].set_ylim(low - 0.15 * (high - low), high + 0.1 * (high - low))
+    ends = config.extra_steps, config.extra_steps * config.flops_per_step("moe") / 1e12
+    for axis, end in zip(axes, ends, strict=True):
+        for x in (0, end):
+            axis.axvline(x, color="0.5", linewidth=0.8, linestyle=":")
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.set_xlim(-0.4 * end, 1.03 * end)
+    axes[0].set(xlabel="extra steps", ylabel="validation loss, bits per byte")
     axes[1].set(xlabel="extra TFLOPs")
     axes[0].set_title("Equal extra steps", loc="left")
     axes[1].set_title("Equal extra FLOPs", loc="left")
-    axes[0].set_xlim(-0.4 * config.extra_steps, 1.02 * config.equal_flops_steps)
-    most = config.extra_steps * config.flops_per_step("moe") / 1e12
-    axes[1].set_xlim(-0.4 * most, 1.02 * most)
-    for axis in axes:
-        axis.axvline(0, color="0.6", linewidth=0.8, linestyle=":")
-        axis.grid(alpha=0.25)
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[0].axvline(config.extra_steps, color="0.6", linewidth=0.8, linestyle=":")
     axes[1].legend(title="thick: mean of the seeds", frameon=False)
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
 
 def plot_load(rows: Sequence[Row], path: pathlib.Path) -> None:
-    """Tokens of the validation text at each expert, at first and at last."""
+    """Validation tokens at each expert, at first and at last, of the first seed."""
     loads = {}
     for arm in ("upcycled", "scratch"):
-        row = next(row for row in rows if row["arm"] == arm)
-        for record in (row["records"][0], row["records"][-1]):
+        records = next(row for row in rows if row.arm == arm).records
+        for record in (records[0], records[-1]):
             for layer, load in enumerate(record["load"]):
-                loads[f"{arm}, layer {layer}, step {record['step']}"] = np.array(load)
+                loads[f"{arm}, step {record['step']}, layer {layer}"] = np.array(load)
     figure = routing.plot_expert_load(loads, rows="")
-    figure.suptitle("validation tokens per expert, first seed")
+    figure.suptitle("Validation tokens per expert, over an even share")
     figure.savefig(path, dpi=130)

@@ -10,7 +10,8 @@ The commands, from the repository's root:
     python examples/upcycle_lm.py
 
     # a look at it in two minutes
-    python examples/upcycle_lm.py --seeds 1 --steps 300 --extra-steps 150
+    python examples/upcycle_lm.py --seeds 0 --steps 300 --extra-steps 150 \
+        --out runs/look
 
     # how the experts are made, and what becomes of their moments
     python examples/upcycle_lm.py --mode drop --opt-state zeros --out runs/drop
@@ -34,7 +35,7 @@ import math
 import pathlib
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import _data
@@ -45,7 +46,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import rich.console
 from flax import nnx
 
 import sparsejax as sj
@@ -60,12 +60,7 @@ MODES = {
     "drop": upcycling.Drop(0.5),
 }
 # What trains, in this order: the second and third begin where the first ends.
-ARMS = {
-    "dense": "dense, before",
-    "continued": "dense, continued",
-    "upcycled": "MoE, upcycled",
-    "scratch": "MoE, from scratch",
-}
+ARMS = ("dense", "continued", "upcycled", "scratch")
 
 
 # ---- configuration -----------------------------------------------------------------
@@ -102,7 +97,11 @@ class Config:
         return argparse.Namespace(ffn=ffn, **fixed, **dataclasses.asdict(self))
 
     def flops_per_step(self, ffn: str) -> int:
-        """Six for each weight that a token meets, and attention's two products."""
+        """Six for each weight that a token meets, and attention's two products.
+
+        Of experts those that a token goes to, and the router. Norms, softmaxes and the
+        optimizer are not counted.
+        """
         d, f, layers = self.width, self.ffn_width, self.layers
         feed_forward = 2 * d * f
         if ffn == "moe":
@@ -264,6 +263,7 @@ def upcycle(config: Config, dense: State, key: jax.Array) -> tuple[State, str]:
         optimizer=build(config, "dense").optimizer,
         opt_state=config.opt_state,
     )
+    dense = jax.tree.map(jnp.copy, dense)  # what is kept would be the same arrays
     params, opt_state, report = upcycling.upcycle(*dense, spec=spec, key=key)
     return State(params, opt_state), str(report)
 
@@ -286,15 +286,17 @@ def train(
     text: _data.Text,
     held_out: HeldOut,
     folder: pathlib.Path,
+    show: Callable[[list[dict[str, Any]]], None] = lambda records: None,
 ) -> tuple[State, list[dict[str, Any]]]:
     """Trains an arm to its end, from its newest checkpoint if there is one.
 
     Returns:
       Its last state and its log: a record per evaluation, the first before any step.
+      ``show`` sees the log whenever it has grown.
     """
     name = f"{arm}-{seed}"
     programs = build(config, "dense" if arm in ("dense", "continued") else "moe")
-    # The continued and the upcycled model see the same batches; from scratch too.
+    # All that train after the dense model see the same batches.
     batches = _data.train_batches(
         text.train, length=config.length, batch=config.batch, seed=seed
     )
@@ -303,13 +305,14 @@ def train(
     found = sj.checkpoint.restore(folder / "states" / name, begin, config=identity)
     if found is None:
         state, position, step = begin, None, 0
+        log.open(keep=-1)
         if arm != "dense":  # the dense model has seen the first ones
             position = _position(batches, config.steps)
     else:
         state, position, step = found
+        log.open(keep=step)
     if position is not None:
         batches.set_state(position)
-    log.open(keep=step)
 
     def evaluate(params, of: Sequence[np.ndarray]):
         found = [programs.evaluate(params, batch) for batch in of]
@@ -336,9 +339,13 @@ def train(
                 "seconds": seconds,
             }
         )
+        show(log.records)
 
-    last, marks = config.steps_of(arm), {config.extra_steps, config.steps_of(arm)}
-    if not log.records:
+    last = config.steps_of(arm)
+    marks = {last} if arm == "dense" else {config.extra_steps, last}  # of the table
+    if log.records:
+        show(log.records)
+    else:
         record([], 0.0)
     losses, since = [], time.perf_counter()
     while step < last:
@@ -407,7 +414,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
                 choices=choices.get(field.name),
                 help=f"{helps[field.name]} ({field.default})",
             )
-    add("--seeds", type=int, default=3, help="how many (3)")
+    add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="(0 1 2)")
     add("--data", nargs="+", default=[], metavar="PATH", help="text files or folders")
     add("--out", type=pathlib.Path, default="runs/upcycle_lm", help="folder of reports")
     return parser.parse_args(argv)
@@ -430,45 +437,47 @@ def split(text: _data.Text, config: Config) -> HeldOut:
     )
 
 
-def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
+def main(argv: list[str] | None = None) -> list[_upcycle_report.Row]:
     """Trains what is missing and reports; returns a row per arm and seed."""
     args = parse(argv)
     names = [field.name for field in dataclasses.fields(Config) if field.name != "data"]
     config = Config(**{name: getattr(args, name) for name in names})
     check(config)
-    if args.seeds < 1:
-        raise ValueError(f"--seeds: got {args.seeds}, needed at least 1")
+    seeds = list(dict.fromkeys(args.seeds))
+    if min(seeds) < 0:
+        raise ValueError(f"--seeds: got {min(seeds)}, needed at least 0")
     text = _data.load_text(args.data, needed=2 * config.length + 2)
     config = dataclasses.replace(config, data=text.digest)
     held_out = split(text, config)
 
-    console = rich.console.Console()
     rows, report = [], ""
-    for seed in range(args.seeds):
-        key = jax.random.key(seed)
-        dense: Any = None
-        for arm in ARMS:
-            if arm == "dense":
-                begin = build(config, "dense").init(key)
-            elif arm == "continued":
-                begin = jax.tree.map(jnp.copy, dense)  # a step takes its state away
-            elif arm == "upcycled":
-                begin, report = upcycle(config, dense, jax.random.fold_in(key, 1))
-            else:
-                begin = build(config, "moe").init(jax.random.fold_in(key, 2))
-            state, records = train(config, arm, seed, begin, text, held_out, args.out)
-            if arm == "dense":
-                dense = state
-            rows.append({"arm": arm, "seed": seed, "records": records})
-            console.print(
-                f"seed {seed}, {ARMS[arm]}: {records[0]['validation']:.3f} -> "
-                f"{records[-1]['validation']:.3f} bits per byte in "
-                f"{config.steps_of(arm)} steps, "
-                f"{sum(r['seconds'] for r in records):.0f} s"
-            )
+    with _upcycle_report.Display(config, ARMS, seeds, text) as display:
+        for seed in seeds:
+            key = jax.random.key(seed)
+            dense: Any = None
+            for arm in ARMS:
+                if arm == "dense":
+                    begin = build(config, "dense").init(key)
+                elif arm == "continued":
+                    # A step takes its state away.
+                    begin = jax.tree.map(jnp.copy, dense)
+                elif arm == "upcycled":
+                    begin, report = upcycle(config, dense, jax.random.fold_in(key, 1))
+                else:
+                    begin = build(config, "moe").init(jax.random.fold_in(key, 2))
+                show = functools.partial(display.update, arm, seed)
+                state, records = train(
+                    config, arm, seed, begin, text, held_out, args.out, show
+                )
+                if arm == "dense":
+                    dense = state
+                count = sum(p.size for p in jax.tree.leaves(state.params))
+                rows.append(
+                    _upcycle_report.Row(arm, seed, parameters=count, records=records)
+                )
     words = sys.argv[1:] if argv is None else argv
     command = " ".join(["python examples/upcycle_lm.py", *map(str, words)])
-    _upcycle_report.finish(rows, config, report, command, args.out, console)
+    _upcycle_report.finish(rows, config, report, command, text.source, args.out)
     return rows
 
 

@@ -24,6 +24,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 # Examples are scripts: their neighbours are modules beside them.
 sys.path.insert(0, str(ROOT / "examples"))
 pretrain_lm = importlib.import_module("pretrain_lm")
+upcycle_lm = importlib.import_module("upcycle_lm")
 
 # 10% of 20 blocks. No other array of these programs has as many entries as a
 # feed-forward weight has, or would have: 64 x 320.
@@ -293,3 +294,141 @@ def test_every_flag_has_help(capsys):
     text = capsys.readouterr().out
     for field in dataclasses.fields(pretrain_lm.Config):
         assert f"--{field.name.replace('_', '-')}" in text, field.name
+
+
+# ---- upcycle_lm.py -----------------------------------------------------------------
+
+TINY = (
+    "--width 8 --ffn-width 16 --heads 2 --layers 1 --length 4 --batch 2 --experts 4 "
+    "--experts-per-token 2"
+).split()
+
+
+def tiny_config(*flags):
+    args = upcycle_lm.parse([*TINY, *map(str, flags)])
+    fields = [f.name for f in dataclasses.fields(upcycle_lm.Config) if f.name != "data"]
+    return upcycle_lm.Config(**{name: getattr(args, name) for name in fields})
+
+
+def test_flops_of_dense_and_of_experts():
+    config = tiny_config("--extra-steps", 100)
+    # Weights: 4 d^2 + 2 d f + 256 d = 256 + 256 + 2048; attention: 12 T d. 8 tokens.
+    assert config.flops_per_step("dense") == 8 * (6 * 2560 + 384) == 125952
+    # Two experts for the one feed-forward layer, and a router of d E = 32.
+    assert config.flops_per_step("moe") == 8 * (6 * 2848 + 384) == 139776
+    # 139776 / 125952 = 1.1098
+    assert config.equal_flops_steps == 111
+
+
+def test_table_takes_each_arm_at_its_step():
+    config = tiny_config("--steps", 10, "--extra-steps", 100)
+    rows = [
+        upcycle_lm._upcycle_report.Row(
+            arm,
+            seed,
+            parameters=8,
+            records=[
+                {"step": step, "validation": loss + seed, "test": loss}
+                for step, loss in losses.items()
+            ],
+        )
+        for seed in (0, 1)
+        for arm, losses in {
+            "dense": {0: 8.0, 10: 4.0},
+            "continued": {0: 4.0, 100: 3.0, 111: 2.5},
+            "upcycled": {0: 4.0, 100: 2.75},
+            "scratch": {0: 8.0, 100: 5.0},
+        }.items()
+    ]
+    lines, results = upcycle_lm._upcycle_report.compare(rows, config)
+    assert [found["validation"] for found in results] == [
+        *([4, 5], [3, 4], [2.5, 3.5], [2.75, 3.75], [5, 6])
+    ]
+    gaps = [found["test_minus_upcycled"] for found in results]
+    assert gaps == [[1.25, 1.25], [0.25, 0.25], [-0.25, -0.25], [0, 0], [2.25, 2.25]]
+    assert [found["extra_steps"] for found in results] == [0, 100, 111, 100, 100]
+    assert lines[3][5] == "-0.2500 ± 0.0000"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--experts-per-token 5", "--experts-per-token: got 5, needed at most the 4"),
+        ("--width 9", "--width: got 9, needed a multiple of 2"),
+        ("--extra-steps 0", "--extra-steps: got 0, needed at least 1"),
+        ("--learning-rate 0", "--learning-rate: got 0.0, needed above 0"),
+        ("--seeds 0 -1", "--seeds: got -1, needed at least 0"),
+        ("--data none.txt", "--data: got none.txt, which is not there, needed"),
+    ],
+)
+def test_upcycling_refuses_before_anything_is_written(tmp_path, flags, message):
+    with pytest.raises(ValueError, match=message):
+        upcycle_lm.main([*TINY, "--out", str(tmp_path / "out"), *flags.split()])
+    assert not [*tmp_path.iterdir()]
+
+
+def test_every_flag_of_upcycling_has_help(capsys):
+    with pytest.raises(SystemExit):
+        upcycle_lm.parse(["--help"])
+    text = capsys.readouterr().out
+    for field in dataclasses.fields(upcycle_lm.Config):
+        assert f"--{field.name.replace('_', '-')}" in text, field.name
+
+
+@pytest.mark.slow
+def test_upcycling_killed_anywhere_and_run_again_is_the_same(
+    text, tmp_path, monkeypatch, capsys
+):
+    flags = "--steps 4 --extra-steps 6 --eval-every 4 --eval-batches 1 --seeds 5"
+
+    def run(out):
+        folder = tmp_path / out
+        upcycle_lm.main([*TINY, *flags.split(), "--data", text, "--out", str(folder)])
+        return json.loads((folder / "results.json").read_text())
+
+    whole = run("whole")
+    # Evaluations at 0, 4; at 0, 4, 6 and the 7 of equal FLOPs; twice at 0, 4, 6.
+    steps = {curve["arm"]: curve["step"] for curve in whole["curves"]}
+    assert steps["dense"] == [0, 4] and steps["continued"] == [0, 4, 6, 7]
+    assert steps["upcycled"] == steps["scratch"] == [0, 4, 6]
+    # What the upcycled model computes at first is what the dense one did at last.
+    losses = {curve["arm"]: curve["validation"] for curve in whole["curves"]}
+    assert losses["upcycled"][0] == pytest.approx(losses["dense"][-1], abs=2e-5)
+    assert losses["continued"][0] == losses["dense"][-1] != losses["scratch"][0]
+    assert "exact: yes" in whole["report"]
+    logs = tmp_path / "whole" / "logs"
+    lines = (logs / "upcycled-5.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    # 8 tokens, two experts each.
+    assert [sum(record["load"][0]) for record in records] == [16, 16, 16]
+    for name in ("curves.png", "load.png", "table.md"):
+        assert (tmp_path / "whole" / name).stat().st_size > 1000
+    assert "minus upcycled" in capsys.readouterr().out
+
+    class Killed(BaseException):
+        pass
+
+    save = checkpoint.save
+
+    def dies(*args, **kwargs):
+        # Half of the time what the log says is not in a checkpoint yet.
+        if after:
+            save(*args, **kwargs)
+        raise Killed
+
+    # Each run makes one save and dies, or dies before a save and makes none.
+    for turn in range(40):
+        after = turn % 2 == 1
+        with monkeypatch.context() as patched:
+            patched.setattr(checkpoint, "save", dies)
+            try:
+                again = run("again")
+                break
+            except Killed:
+                continue
+    assert turn == 16  # of eight saves
+    assert again == whole | {"command": again["command"]}
+
+    with pytest.raises(ValueError, match="steps: got 4, needed 9"):
+        flags = flags.replace("--steps 4", "--steps 9")
+        run("again")
