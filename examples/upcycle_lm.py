@@ -6,7 +6,7 @@ optimizer state included, and goes on. Beside it the dense model goes on as it i
 mixture of experts begins from scratch: at equal extra steps, and at equal extra FLOPs.
 The commands, from the repository's root:
 
-    # three seeds, about twenty minutes on one core
+    # three seeds, about half an hour on one core
     python examples/upcycle_lm.py
 
     # a look at it in two minutes
@@ -70,8 +70,8 @@ ARMS = ("dense", "continued", "upcycled", "scratch")
 class Config:
     """What defines the runs. A folder goes on only under an equal one."""
 
-    steps: int = 2000  # of the dense model, before
-    extra_steps: int = 1000  # of every model, after
+    steps: int = 3000  # of the dense model, before
+    extra_steps: int = 2000  # of every model, after
     mode: str = "copy"
     opt_state: str = "rescale"
     experts: int = 8  # E
@@ -87,7 +87,7 @@ class Config:
     learning_rate: float = 3e-3
     weight_decay: float = 0.1
     clip: float = 1.0
-    eval_every: int = 100
+    eval_every: int = 250
     eval_batches: int = 64
     data: str = ""  # digest of the text
 
