@@ -206,8 +206,9 @@ class Shared:
     def moments(
         self, ffn: Arrays, like: Arrays, gain: float, key: Any, power: int
     ) -> Arrays:
-        """The shared expert keeps its own."""
-        return _as_shared(ffn)
+        """The shared expert keeps its own, the routed ones begin at zero."""
+        routed = {role: jnp.zeros_like(_copies(m, like)) for role, m in ffn.items()}
+        return {**routed, **_as_shared(ffn)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -292,7 +293,7 @@ def _need(holds, argument, got, needed):
 
 
 def _experts(like):
-    return like["router"].shape[-1]
+    return like["w_in"].shape[0]
 
 
 def _copies(w, like):

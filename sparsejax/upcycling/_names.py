@@ -10,11 +10,20 @@ from sparsejax.masks._paths import path_name
 
 
 def named(tree: Any, argument: str) -> dict[str, Any]:
-    """Leaves by their '/'-joined paths, in the order of the tree."""
+    """Leaves by their '/'-joined paths, in the order of the tree.
+
+    Raises:
+      ValueError: Two leaves have one path, or a leaf has no shape and dtype.
+    """
     flat, _ = jax.tree_util.tree_flatten_with_path(tree)
     found = {path_name(path): leaf for path, leaf in flat}
     if len(found) < len(flat):
         raise ValueError(f"{argument}: got two leaves of one path, needed paths apart")
+    for name, leaf in found.items():
+        if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
+            raise ValueError(
+                f"{argument}: got {type(leaf).__name__} for {name}, needed an array"
+            )
     return found
 
 

@@ -9,7 +9,7 @@ import optax
 
 from sparsejax.upcycling import _names
 from sparsejax.upcycling._modes import Copy
-from sparsejax.upcycling._plan import Layer, Plan, check_leaves
+from sparsejax.upcycling._plan import Layer, Plan, check_leaves, place, taken
 from sparsejax.upcycling._spec import MOMENTS, Spec
 
 
@@ -26,7 +26,7 @@ def convert_state(
     plan: Plan,
     spec: Spec,
     convert: Callable[..., dict[str, Any]],
-) -> Any:
+) -> tuple[Any, tuple[str, ...]]:
     """Converts what mirrors the parameters, and keeps the rest.
 
     ``optax.tree_map_params`` tells which is which, so chain, masked, partition,
@@ -38,7 +38,11 @@ def convert_state(
       opt_state: Its optimizer's.
       plan: Which leaf comes from where.
       spec: With the optimizer.
-      convert: (moments by name, power, shapes by name) -> new moments by name.
+      convert: (moments of parameters' shapes by name, power, shapes by name) -> new
+        moments by name.
+
+    Returns:
+      The state of the target's optimizer; what to know of it.
 
     Raises:
       ValueError: The optimizer is missing or not that of the state; a field is not
@@ -68,11 +72,14 @@ def convert_state(
         )
 
     shapes = {name: x.shape for name, x in _names.named(params, "params").items()}
-    leaves = []
+    target = _names.named(spec.target, "target")
+    leaves, warnings = [], []
     for where, to in new.items():
         was, field = old[where], where.rsplit("/", 1)[-1]
         if isinstance(to, _Slot):
             power = {**MOMENTS, **spec.moments}.get(field)
+            if field == "v" and f"{where}_row" not in new:  # not Adafactor's
+                power = spec.moments.get(field)
             if power is None:
                 raise ValueError(
                     f"opt_state: got {where}, of which it is not known what power of "
@@ -81,12 +88,19 @@ def convert_state(
                 )
             moments = _names.named(was.tree, where)
             wanted = _names.named(to.tree, where)
+            if not moments.keys() <= shapes.keys():
+                raise ValueError(
+                    f"opt_state: got {where} with {', '.join(moments)}, which cannot "
+                    f"be converted, needed an array for each of {', '.join(shapes)}"
+                )
             full = {n: m for n, m in moments.items() if m.shape == shapes[n]}
-            made = convert(moments, full, power, wanted)
+            made = convert(full, power, wanted)
             made |= _factors(where, moments, full, power, wanted, plan, spec)
             check_leaves(f"opt_state: {where} of the target", made, wanted)
+            warnings += _lost(where, moments, wanted, plan, spec)
             slot = jax.tree.structure(to.tree)
-            leaves.append(jax.tree.unflatten(slot, [made[n] for n in wanted]))
+            placed = [place(made[name], target[name]) for name in wanted]
+            leaves.append(jax.tree.unflatten(slot, placed))
         elif jnp.shape(was) != jnp.shape(to):
             raise ValueError(
                 f"opt_state: got {where} {jnp.shape(was)} that is {jnp.shape(to)} in "
@@ -95,7 +109,24 @@ def convert_state(
         else:
             reset = spec.reset_count and field == "count"
             leaves.append(jnp.zeros_like(was) if reset else was)
-    return jax.tree.unflatten(tree, leaves)
+    return jax.tree.unflatten(tree, leaves), tuple(warnings)
+
+
+def _lost(where, moments, wanted, plan, spec):
+    """Says which moments are asked for that the dense model's optimizer has not."""
+    origins = {name: old for name, (old, _) in plan.kept.items()}
+    if spec.opt_state != "zeros":
+        for layer in plan.layers:
+            for role, name in layer.sources.items():
+                shared = role.replace("w_", "shared_")
+                origins[layer.leaves.get(shared, layer.leaves[role])] = name
+    lost = [n for n in wanted if n in origins and origins[n] not in moments]
+    if not lost:
+        return []
+    return [
+        f"opt_state: {where} of {', '.join(lost)} begins at zero, as the dense model's "
+        "optimizer has none"
+    ]
 
 
 def _with_slots(optimizer, state):
@@ -122,24 +153,29 @@ def _paths(tree):
 
 
 def _factors(where, moments, full, power, wanted, plan, spec):
-    """Means over an axis of the dense layer, such as Adafactor's rows and columns.
+    """What is not of its parameter's shape, such as Adafactor's rows and columns.
 
-    Copies have copies of them, the axis of experts in front. Anything else is refused:
-    what a mean over hidden units is of a part of them is not to be known.
+    Copies have copies of a mean over an axis, the axis of experts in front. Anything
+    else is refused: what a mean over hidden units is of a part of them, or a norm of
+    all experts, is not to be known.
     """
     made = {}
+    for name, (old, move) in plan.kept.items():
+        if old in moments and old not in full and name in wanted:
+            made[name] = _kept_factor(where, old, moments[old], move, wanted[name])
     for layer in plan.layers:
         for role, name in layer.sources.items():
-            if name not in moments or name in full:
+            leaf = layer.leaves[role]
+            if name not in moments or name in full or leaf not in wanted:
                 continue
             shared = layer.leaves.get(role.replace("w_", "shared_"))
-            m, leaf = moments[name], layer.leaves[role]
+            m, like = moments[name], wanted[leaf]
             if shared is not None:
                 made[shared] = m
-            elif m.shape == wanted[leaf].shape or spec.opt_state == "zeros":
-                # Not factored on either side: a stand-in of zeros.
-                made[leaf] = jnp.zeros(wanted[leaf].shape, wanted[leaf].dtype)
-            elif isinstance(spec.mode, Copy) and layer.ffn.layers is None:
+            elif spec.opt_state == "zeros" or m.shape == like.shape == (1,):
+                # Adafactor has zeros [1] in the place of what it does not keep.
+                made[leaf] = jnp.zeros(like.shape, like.dtype)
+            elif isinstance(spec.mode, Copy) and layer.ffn.layers is None and m.ndim:
                 made[leaf] = _copies(m, layer, power if _rescales(spec) else 0)
             else:
                 raise ValueError(
@@ -150,8 +186,21 @@ def _factors(where, moments, full, power, wanted, plan, spec):
     return made
 
 
+def _kept_factor(where, name, m, move, like):
+    """Of some of the stacked layers, if the axis of layers is in front."""
+    if move is None or move.layers is None or m.shape == like.shape == (1,):
+        return m
+    if move.axis == 0 and m.ndim and taken(m, move).shape == like.shape:
+        return taken(m, move)
+    raise ValueError(
+        f"opt_state: got {where} {m.shape} of {name}, means over an axis, of which the "
+        f"layers {move.layers} of axis {move.axis} cannot be told; needed the axis of "
+        "layers in front"
+    )
+
+
 def _copies(m, layer: Layer, power):
-    e = layer.like["router"].shape[-1]
+    e = layer.like["w_in"].shape[0]
     stacked = int(layer.ffn.axis is not None)
     return jnp.repeat(jnp.expand_dims(m, stacked), e, stacked) / e**power
 

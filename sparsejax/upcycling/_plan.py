@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 
 from sparsejax.upcycling import _modes, _names
+from sparsejax.upcycling._report import arguments_of
 from sparsejax.upcycling._spec import Ffn, Move, Spec
 
 ROLES = (
@@ -196,10 +197,12 @@ def _check_layer(layer, source, spec):
                 f"{layer.sources[role]}: got {leaf.shape}, needed {needed} beside "
                 f"{layer.sources['w_in']}"
             )
-    e = like["router"].shape[-1] if like["router"].shape else 0
-    hidden = like["w_in"].shape[-1] if like["w_in"].shape else 0
+    e, *_, hidden = like["w_in"].shape or (0,)
+    # What an unknown router does with its logits is its own.
+    own = spec.router is not None and arguments_of(spec.router) is None
+    logits = like["router"].shape[-1] if own and like["router"].shape else e
     shapes = {
-        "router": (d, e),
+        "router": (d, logits),
         "w_in": (e, d, hidden),
         "w_gate": (e, d, hidden),
         "w_out": (e, hidden, d),
@@ -218,6 +221,21 @@ def _check_layer(layer, source, spec):
     wrong = _modes.fit(spec.mode, kernels, like)
     if wrong is not None:
         raise ValueError(f"{layer.name}: got {wrong}")
+
+
+def taken(x: Any, move: Move | None) -> Any:
+    """The layers that a move takes of a stack."""
+    if move is None or move.layers is None:
+        return x
+    return x[(slice(None),) * (move.axis % x.ndim) + (move.layers,)]
+
+
+def place(x: Any, leaf: Any) -> Any:
+    """Where the target has it, or the moments of it."""
+    sharding = getattr(leaf, "sharding", None)
+    if sharding is None or x.shape != leaf.shape:
+        return x
+    return jax.device_put(x, sharding)
 
 
 def check_leaves(argument: str, made: dict[str, Any], needed: dict[str, Any]) -> None:

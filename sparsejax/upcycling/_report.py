@@ -59,22 +59,33 @@ class Judgement(NamedTuple):
     warnings: tuple[str, ...]
 
 
+# Routers that give every token an expert at least, and weights by ``normalize``.
+_KNOWN = (
+    routing.top_k,
+    routing.top_p,
+    routing.threshold,
+    routing.dense_to_sparse,
+    routing.sinkhorn,
+    routing.hash_routing,
+)
+
+
 def arguments_of(router: Any) -> dict[str, Any] | None:
-    """Arguments of ``routing.top_k`` that a router calls it with; None of another."""
+    """Arguments that a known router is called with, and its name; None of another."""
     given = {}
     while isinstance(router, functools.partial):
         if router.args:  # logits are the caller's
             return None
         given = {**router.keywords, **given}
         router = router.func
-    if router is not routing.top_k:
+    if router not in _KNOWN:
         return None
     defaults = {
         name: p.default
         for name, p in inspect.signature(router).parameters.items()
         if p.default is not p.empty
     }
-    return {**defaults, **given}
+    return {**defaults, **given, "router": router.__name__}
 
 
 def gain_of(mode: Mode, router: Any, experts: int) -> float:
@@ -86,7 +97,7 @@ def gain_of(mode: Mode, router: Any, experts: int) -> float:
     if not isinstance(mode, Granular):
         return 1.0
     found = arguments_of(router)
-    if found is None or "k" not in found:
+    if found is None or found["router"] != "top_k" or "k" not in found:
         raise ValueError(
             "router: got None or an unknown function, needed a functools.partial of "
             "routing.top_k with k: the scale of Granular follows from it"
@@ -192,7 +203,11 @@ def _judge_weights(found, tokens, experts, yes, no):
         yes.append("gates sum to 1")
     else:
         no.append(f"gates do not sum to 1 (normalize={found['normalize']!r})")
-    capacity = found["capacity"]
+    if found["router"] == "threshold" and not found["at_least_one"]:
+        no.append("a token that reaches no threshold has no expert")
+    if found["router"] == "hash_routing" and found["table"] is not None:
+        no.append("an id that is not in the table has no expert")
+    capacity = found.get("capacity")
     if capacity is None:
         yes.append("no drops")
     elif tokens is not None and capacity >= tokens:
@@ -211,18 +226,23 @@ def _normalized(found, e):
 
 def _differentiably_one(found, e):
     """Whether that sum is 1 whatever the logits, so that it has no gradient."""
-    all_of_softmax = found["score"] == "softmax" and found.get("k") == e
-    return (
-        found["normalize"] == "sum"
-        or found["score"] == "softmax_chosen"
-        or (all_of_softmax and found["normalize"] == "none")
+    score = found.get("score", "softmax")
+    all_of_softmax = (
+        score == "softmax" and _exactly(found) == e and found["normalize"] == "none"
     )
+    return found["normalize"] == "sum" or score == "softmax_chosen" or all_of_softmax
+
+
+def _exactly(found):
+    """Choices of every token, where all have as many."""
+    counted = found["router"] in ("top_k", "sinkhorn", "hash_routing")
+    return found.get("k") if counted and found.get("table") is None else None
 
 
 def _always_one(found):
     """The weight of a single expert, divided by itself."""
-    if found is not None and found.get("k") == 1:
-        if found["normalize"] == "sum" or found["score"] == "softmax_chosen":
+    if found is not None and _exactly(found) == 1:
+        if found["normalize"] == "sum" or found.get("score") == "softmax_chosen":
             return (
                 "the router never has a gradient: the weight of the one expert is "
                 "divided by itself; take normalize='none' or 'sum_stopgrad'",

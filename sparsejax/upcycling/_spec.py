@@ -16,6 +16,8 @@ MOMENTS = {
     "nu_max": 2,
     "sum_of_squares": 2,
     "v": 2,
+    "e_g": 2,
+    "e_x": 0,  # of Adadelta's steps, which do not grow with the gradient
     "v_row": 2,
     "v_col": 2,
 }
@@ -88,6 +90,7 @@ class Move:
         if not self.target:
             object.__setattr__(self, "target", self.source)
         _names.check_stars("Move", self.source, self.target)
+        _check_layers(self.layers, self.axis)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -103,7 +106,7 @@ class Spec:
       router: The router that the MoE layers use, such as
         ``functools.partial(routing.top_k, k=2, normalize="sum_stopgrad")``: the report
         reads from its arguments whether the result is exact, ``Granular`` its scale.
-        Of an unknown function, or None, nothing is assumed.
+        Of other functions than those of ``routing``, or None, nothing is assumed.
       tokens: How many tokens are routed together: with a capacity of so many none is
         dropped. None: not known.
       router_std: Standard deviation of the router's initial kernel.
@@ -122,7 +125,8 @@ class Spec:
         again.
       moments: Power of the gradient (1 or 2; 0 for none) of further fields of optimizer
         states, such as {"ema": 0}. Known are mu, trace and acc_grads (1), nu, nu_max,
-        sum_of_squares, v, v_row and v_col (2); adamax means nu to the power 1.
+        sum_of_squares, e_g, v, v_row and v_col (2), e_x (0); adamax means nu to the
+        power 1.
     """
 
     target: Any
@@ -155,3 +159,5 @@ def _check_layers(layers, axis):
         raise ValueError(
             f"layers: got {layers}, needed the axis of stacked layers with it"
         )
+    if axis is not None and axis < 0:
+        raise ValueError(f"axis: got {axis}, needed one counted from the front")

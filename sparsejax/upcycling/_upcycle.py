@@ -1,5 +1,6 @@
 """From a dense network to a mixture of experts."""
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -10,9 +11,19 @@ from jaxtyping import Array
 from sparsejax.upcycling import _names
 from sparsejax.upcycling._modes import Adapters, Granular, Shared
 from sparsejax.upcycling._optimizer import convert_state
-from sparsejax.upcycling._plan import Layer, Plan, check_leaves, make_plan
+from sparsejax.upcycling._plan import (
+    Layer,
+    Plan,
+    check_leaves,
+    make_plan,
+    place,
+    taken,
+)
 from sparsejax.upcycling._report import Report, gain_of, judge
 from sparsejax.upcycling._spec import Move, Spec
+
+# Modes that leave the dense layer in the model, its moments with it.
+_KEEP_DENSE = Shared | Adapters
 
 
 class Upcycled(NamedTuple):
@@ -32,13 +43,15 @@ class Upcycled(NamedTuple):
 def upcycle(params: Any, opt_state: Any = None, *, spec: Spec, key: Array) -> Upcycled:
     """Makes a mixture of experts of a dense model, its optimizer state with it.
 
-    Pure: trees in, trees out, and what is given stays as it is. Leaves are matched by
+    Pure: trees in, trees out, and what is given stays as it is. Leaves that do not
+    change are the same arrays, not copies: donate neither while the other is in use.
+    Leaves are matched by
     their paths joined by '/', so that Linen's ``params``, an ``nnx.State``, pure dicts
     and any other pytree are all the same. Everything is checked before anything is
     computed: each leaf of the target is made exactly once, in its shape and dtype.
     Works under ``jit`` (the spec closed over; the report comes out as a constant) and
-    on sharded arrays, whose sharding experts inherit, their own axis whole, unless
-    ``spec.target`` has shardings.
+    on sharded arrays, whose sharding experts and their moments inherit, their own axis
+    whole, unless ``spec.target`` has shardings.
 
     Args:
       params: Parameters of the dense model.
@@ -91,14 +104,17 @@ def upcycle(params: Any, opt_state: Any = None, *, spec: Spec, key: Array) -> Up
     check_leaves("target", jax.eval_shape(make, source, key), target)
     report = _report(plan, spec, source)
 
-    def convert(moments, full, power, wanted):
+    def convert(moments, power, wanted):
         """By name in the source -> by name in the target; zeros for what is new."""
         keys = jax.random.split(key, len(plan.layers) + 1)
+        degree = power if spec.opt_state == "rescale" else 0
         made = _kept(plan, moments)
         for layer, gain, k in zip(plan.layers, gains, keys[1:], strict=True):
-            if spec.opt_state != "zeros" or isinstance(spec.mode, Shared | Adapters):
-                degree = power if spec.opt_state == "rescale" else 0
-                made |= _layer_moments(layer, gain, spec, full, k, degree)
+            experts = _layer_moments(layer, gain, spec, moments, k, degree)
+            if spec.opt_state == "zeros" and not isinstance(spec.mode, _KEEP_DENSE):
+                # Of what they would be, so that they are sharded as that.
+                experts = {name: jnp.zeros_like(m) for name, m in experts.items()}
+            made |= experts
         return {
             name: made[name] if name in made else jnp.zeros(leaf.shape, leaf.dtype)
             for name, leaf in wanted.items()
@@ -106,9 +122,10 @@ def upcycle(params: Any, opt_state: Any = None, *, spec: Spec, key: Array) -> Up
 
     new_state = None
     if opt_state is not None:
-        new_state = convert_state(params, opt_state, plan, spec, convert)
+        new_state, warnings = convert_state(params, opt_state, plan, spec, convert)
+        report = dataclasses.replace(report, warnings=(*report.warnings, *warnings))
     made = make(source, key)
-    made = {name: _place(made[name], target[name]) for name in target}
+    made = {name: place(made[name], target[name]) for name in target}
     tree = jax.tree.structure(spec.target)
     return Upcycled(jax.tree.unflatten(tree, [*made.values()]), new_state, report)
 
@@ -117,7 +134,7 @@ def upcycle(params: Any, opt_state: Any = None, *, spec: Spec, key: Array) -> Up
 
 
 def _experts(layer):
-    return layer.like["router"].shape[-1]
+    return layer.like["w_in"].shape[0]
 
 
 def _kept(plan: Plan, source: dict[str, Any]) -> dict[str, Any]:
@@ -126,13 +143,6 @@ def _kept(plan: Plan, source: dict[str, Any]) -> dict[str, Any]:
         for name, (old, move) in plan.kept.items()
         if old in source
     }
-
-
-def taken(x: Any, move: Move | None) -> Any:
-    """The layers that a move takes of a stack."""
-    if move is None or move.layers is None:
-        return x
-    return x[(slice(None),) * (move.axis % x.ndim) + (move.layers,)]
 
 
 def _given(plan, target, key):
@@ -190,12 +200,6 @@ def _over_stack(one, layer, ffn, key):
             keys = jax.random.split(key, count)
             made = jax.vmap(one, (axis, 0), axis)(ffn, keys)
     return {layer.leaves[role]: w for role, w in made.items()}
-
-
-def _place(x, leaf):
-    """Where the target has it."""
-    sharding = getattr(leaf, "sharding", None)
-    return x if sharding is None else jax.device_put(x, sharding)
 
 
 # ---- checks and the report ---------------------------------------------------------
