@@ -6,7 +6,7 @@ optimizer state included, and goes on. Beside it the dense model goes on as it i
 mixture of experts begins from scratch: at equal extra steps, and at equal extra FLOPs.
 The commands, from the repository's root:
 
-    # three seeds, about half an hour on one core
+    # three seeds, about 25 minutes on one core
     python examples/upcycle_lm.py
 
     # a look at it in two minutes
@@ -71,7 +71,7 @@ class Config:
     """What defines the runs. A folder goes on only under an equal one."""
 
     steps: int = 3000  # of the dense model, before
-    extra_steps: int = 2000  # of every model, after
+    extra_steps: int = 1500  # of every model, after
     mode: str = "copy"
     opt_state: str = "rescale"
     experts: int = 8  # E
@@ -88,7 +88,7 @@ class Config:
     weight_decay: float = 0.1
     clip: float = 1.0
     eval_every: int = 250
-    eval_batches: int = 64
+    eval_batches: int = 32
     data: str = ""  # digest of the text
 
     def model(self, ffn: str) -> Any:
