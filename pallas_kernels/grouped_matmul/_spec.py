@@ -74,16 +74,16 @@ class Config:
 
 # VMEM of one core in MiB, less what the compiler keeps for itself. Where the chip is
 # not known yet the tiles must fit the smallest.
-_TPU_VMEM = {"v4": 13, "v5e": 100, "v5p": 52, "v6e": 100, "tpu7x": 52, None: 13}
+TPU_VMEM = {"v4": 13, "v5e": 100, "v5p": 52, "v6e": 100, "tpu7x": 52, None: 13}
 # Cores that one device's grid is shared by.
-_TPU_CORES = {"v4": 2, "v5p": 2, None: 1}
+TPU_CORES = {"v4": 2, "v5p": 2, None: 1}
 # Chips whose matrix units are 256 wide.
-_TPU_WIDE = ("v6e", "tpu7x")
+TPU_WIDE = ("v6e", "tpu7x")
 # Bytes of SMEM that the lists of one call may take.
-_TPU_SMEM = 900 * 2**10
+TPU_SMEM = 900 * 2**10
 _TPU_LANES = 128
 # What the compiler keeps in VMEM beside the buffers asked for: spills, constants.
-_TPU_SLACK = 2 * 2**20
+TPU_SLACK = 2 * 2**20
 
 
 def check_mosaic_tpu(problem: Problem, chip: str | None) -> None:
@@ -94,8 +94,8 @@ def check_mosaic_tpu(problem: Problem, chip: str | None) -> None:
         chip: "v4", "v5e", "v5p", "v6e", "tpu7x", another chip's name, or None where it
             is not known yet.
     """
-    if chip not in _TPU_VMEM:
-        served = ", ".join(name for name in _TPU_VMEM if name)
+    if chip not in TPU_VMEM:
+        served = ", ".join(name for name in TPU_VMEM if name)
         raise NotImplementedError(f"mosaic_tpu: chip is {chip}, needs one of {served}")
     if problem.dtype not in ("bfloat16", "float32"):
         raise NotImplementedError(
@@ -116,10 +116,10 @@ def check_mosaic_tpu(problem: Problem, chip: str | None) -> None:
             )
     tile_m = config_mosaic_tpu(problem, chip).tile_m
     lists = 4 * (2 * (-(-problem.m // tile_m) + problem.groups) + problem.groups + 2)
-    if lists > _TPU_SMEM:
+    if lists > TPU_SMEM:
         raise NotImplementedError(
             f"mosaic_tpu: m={problem.m}, groups={problem.groups} have lists that take "
-            f"{lists} bytes of SMEM, needs at most {_TPU_SMEM}: fewer groups or rows"
+            f"{lists} bytes of SMEM, needs at most {TPU_SMEM}: fewer groups or rows"
         )
 
 
@@ -131,10 +131,10 @@ def config_mosaic_tpu(problem: Problem, chip: str | None) -> Config:
     less often; a contraction that is held whole needs no accumulator. By the
     compiler's schedule, not yet by measurement.
     """
-    room = _TPU_VMEM.get(chip, _TPU_VMEM[None]) * 2**20
+    room = TPU_VMEM.get(chip, TPU_VMEM[None]) * 2**20
     config = None
-    for tile_m, tile_k, tile_n in _tiles_mosaic_tpu(problem, _TPU_CORES.get(chip, 1)):
-        rows = _rows_mosaic_tpu(problem, tile_m, chip in _TPU_WIDE)
+    for tile_m, tile_k, tile_n in _tiles_mosaic_tpu(problem, TPU_CORES.get(chip, 1)):
+        rows = rows_tpu(problem, tile_m, chip in TPU_WIDE)
         config = Config(tile_m, tile_k, tile_n, rows)
         config = dataclasses.replace(config, vmem=vmem_mosaic_tpu(problem, config))
         if config.vmem <= room:
@@ -149,7 +149,7 @@ def _tiles_mosaic_tpu(problem: Problem, cores: int):
     rows = -(-problem.m // 16) * 16
     if problem.op == "grouped_sampled":
         for tile_m, side in ((1024, 1024), (512, 1024), (512, 512), (128, 256)):
-            yield min(tile_m, rows), _part(k, side, cores), _part(n, side)
+            yield min(tile_m, rows), part_tpu(k, side, cores), part_tpu(n, side)
         return
     inner, outer = (n, k) if problem.op == "grouped_transposed" else (k, n)
     whole = [(inner, *pair) for pair in ((512, 1024), (512, 512), (256, 512))]
@@ -158,23 +158,23 @@ def _tiles_mosaic_tpu(problem: Problem, cores: int):
         (512, 256, 256), (256, 128, 128),
     ]  # fmt: skip
     for most, tile_m, wide in (*whole, (inner, 128, 512), *parts):
-        tile_in, tile_out = _part(inner, most), _part(outer, wide, cores)
+        tile_in, tile_out = part_tpu(inner, most), part_tpu(outer, wide, cores)
         sides = (tile_in, tile_out)
         if problem.op == "grouped_transposed":
             sides = (tile_out, tile_in)
         yield min(tile_m, rows), *sides
 
 
-def _part(size: int, most: int, cores: int = 1) -> int:
-    """A tile of up to ``most`` (in whole lanes): all alike, as many as cores share."""
-    lanes = -(-size // _TPU_LANES)
+def part_tpu(size: int, most: int, cores: int = 1, unit: int = _TPU_LANES) -> int:
+    """A tile of up to ``most``, in whole units: all alike, as many as cores share."""
+    units = -(-size // unit)
     tiles = -(-size // most)
-    if lanes >= cores:
+    if units >= cores:
         tiles = -(-tiles // cores) * cores
-    return -(-lanes // tiles) * _TPU_LANES
+    return -(-units // tiles) * unit
 
 
-def _rows_mosaic_tpu(problem: Problem, tile_m: int, wide: bool) -> int:
+def rows_tpu(problem: Problem, tile_m: int, wide: bool) -> int:
     """Rows of a window: the fewest cycles for a group of mean size.
 
     A window costs what filling the matrix units with weights costs, counted in rows,
@@ -202,7 +202,7 @@ def vmem_mosaic_tpu(problem: Problem, config: Config) -> int:
     if problem.op == "grouped_sampled":
         # A window masked, its x transposed; a sum of float32, and what is added to it.
         total = item * (2 * tile_m * both + rows * (both + tile_k)) + 2 * matrix * out
-        return total + 4 * matrix * (2 if out == 2 else 1) + _TPU_SLACK
+        return total + 4 * matrix * (2 if out == 2 else 1) + TPU_SLACK
     inner, side_in, side_out = problem.k, tile_k, tile_n
     if problem.op == "grouped_transposed":
         inner, side_in, side_out = problem.n, tile_n, tile_k
@@ -212,7 +212,7 @@ def vmem_mosaic_tpu(problem: Problem, config: Config) -> int:
     if inner % side_in:
         # The operands with what lies outside their arrays cut off.
         total += item * (matrix + rows * side_in)
-    return total + _TPU_SLACK
+    return total + TPU_SLACK
 
 
 # --- GPU: Pallas Mosaic, Hopper -----------------------------------------------------

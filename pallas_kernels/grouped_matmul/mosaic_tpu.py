@@ -12,7 +12,7 @@ from pallas_kernels.grouped_matmul._spec import Config
 
 # Rows of a 16-bit register pair: chunks begin at multiples of it.
 _ALIGN = 16
-_SUBLANES = 8
+SUBLANES = 8
 
 
 def product(
@@ -38,10 +38,10 @@ def product(
         ``[m, n]``, or ``[m, k]`` with ``transpose``, dtype of x.
     """
     rows, columns = x.shape[0], w.shape[1 if transpose else 2]
-    x = _at_least(_SUBLANES, x, 0)
-    w = _at_least(_SUBLANES, w, 1)
+    x = at_least(SUBLANES, x, 0)
+    w = at_least(SUBLANES, w, 1)
     if not transpose:
-        x = _at_least(_SUBLANES, x, 1)
+        x = at_least(SUBLANES, x, 1)
     m, inner = x.shape
     groups, k, n = w.shape
     tile_m, tile_k, tile_n = config.tile_m, config.tile_k, config.tile_n
@@ -52,7 +52,7 @@ def product(
         outer, tile_in, tile_out = n, tile_k, tile_n
         weight = lambda out, step: (step, out)
     steps = pl.cdiv(inner, tile_in)
-    visits, count = _visits(sizes, m, tile_m, tail=True)
+    visits, count = visits_of(sizes, m, tile_m, tail=True)
 
     def x_index(out, visit, step, group, tile, bounds):
         # The tail's visits read nothing: they stay with the last tile of any group.
@@ -86,8 +86,8 @@ def product(
             if steps > 1
             else [],
         ),
-        out_shape=_out_shape((m, outer), x.dtype, x, w),
-        compiler_params=_params(config),
+        out_shape=out_shape((m, outer), x.dtype, x, w),
+        compiler_params=params(config),
         interpret=interpret,
         name="grouped_matmul" + ("_transposed" if transpose else ""),
     )(*visits, x, w)
@@ -116,11 +116,11 @@ def sampled(
     Returns:
         ``[groups, k, n]`` of ``dtype``.
     """
-    x, y = _at_least(_SUBLANES, x, 0), _at_least(_SUBLANES, y, 0)
+    x, y = at_least(SUBLANES, x, 0), at_least(SUBLANES, y, 0)
     (m, k), n = x.shape, y.shape[1]
     groups = sizes.shape[0]
     tile_m, tile_k, tile_n = config.tile_m, config.tile_k, config.tile_n
-    visits, count = _visits(sizes, m, tile_m, tail=False)
+    visits, count = visits_of(sizes, m, tile_m, tail=False)
     kernel = functools.partial(_sampled_kernel, rows=config.rows, widen=bool(interpret))
     # A float32 result is its own accumulator.
     scratch = [pltpu.VMEM((tile_k, tile_n), jnp.float32)]
@@ -143,8 +143,8 @@ def sampled(
             ),
             scratch_shapes=scratch if jnp.dtype(dtype) != jnp.float32 else [],
         ),
-        out_shape=_out_shape((groups, k, n), dtype, x, y),
-        compiler_params=_params(config),
+        out_shape=out_shape((groups, k, n), dtype, x, y),
+        compiler_params=params(config),
         interpret=interpret,
         name="grouped_matmul_sampled",
     )(*visits, x, y)
@@ -166,9 +166,9 @@ def _product_kernel(
     visit, step, steps = pl.program_id(1), pl.program_id(2), pl.num_programs(2)
     tile_m, tile_in = x_ref.shape
     tile = tile_ref[visit]
-    start, end = _rows_of(group_ref[visit], tile, bounds_ref, tile_m)
+    start, end = rows_of(group_ref[visit], tile, bounds_ref, tile_m)
 
-    @pl.when((step == 0) & _fresh(tile_ref, visit))
+    @pl.when((step == 0) & fresh(tile_ref, visit))
     def _():
         y_ref[...] = jnp.zeros_like(y_ref)
 
@@ -176,10 +176,10 @@ def _product_kernel(
         a, b = x_ref[window], w_ref[...]
         if inner % tile_in:
             left = inner - step * tile_in
-            a, b = _cut(a, 1, left), _cut(b, 1 if transpose else 0, left)
-        product = _dot(a, b, (1, 1 if transpose else 0), widen)
+            a, b = cut(a, 1, left), cut(b, 1 if transpose else 0, left)
+        product = dot(a, b, (1, 1 if transpose else 0), widen)
         if not accs:
-            y_ref[window] = _merge(own, product, y_ref[window])
+            y_ref[window] = merge(own, product, y_ref[window])
             return
         [acc_ref] = accs
         acc = acc_ref[window]
@@ -187,9 +187,9 @@ def _product_kernel(
 
         @pl.when(step == steps - 1)
         def _():
-            y_ref[window] = _merge(own, acc_ref[window], y_ref[window])
+            y_ref[window] = merge(own, acc_ref[window], y_ref[window])
 
-    _chunks(start, end, rows, tile_m, chunk)
+    windows(start, end, rows, tile_m, chunk)
 
 
 def _sampled_kernel(
@@ -205,10 +205,10 @@ def _sampled_kernel(
     widen,
 ):
     visit, visits = pl.program_id(2), pl.num_programs(2)
-    start, end = _rows_of(group_ref[visit], tile_ref[visit], bounds_ref, x_ref.shape[0])
+    start, end = rows_of(group_ref[visit], tile_ref[visit], bounds_ref, x_ref.shape[0])
     sum_ref = w_ref if acc_ref is None else acc_ref
 
-    @pl.when(_fresh(group_ref, visit))
+    @pl.when(fresh(group_ref, visit))
     def _():
         sum_ref[...] = jnp.zeros_like(sum_ref)
 
@@ -217,9 +217,9 @@ def _sampled_kernel(
             jnp.where(own, ref[window], jnp.zeros((), ref.dtype))
             for ref in (x_ref, y_ref)
         )
-        sum_ref[...] += _dot(a, b, (0, 0), widen)
+        sum_ref[...] += dot(a, b, (0, 0), widen)
 
-    _chunks(start, end, rows, x_ref.shape[0], chunk)
+    windows(start, end, rows, x_ref.shape[0], chunk)
     if acc_ref is not None:
         after = group_ref[jnp.minimum(visit + 1, visits - 1)]
 
@@ -228,12 +228,12 @@ def _sampled_kernel(
             w_ref[...] = acc_ref[...].astype(w_ref.dtype)
 
 
-def _merge(own, new, old):
+def merge(own, new, old):
     """New rows where they are the group's own, as float32, which every chip selects."""
     return jnp.where(own, new, old.astype(jnp.float32)).astype(old.dtype)
 
 
-def _chunks(start, end, rows, tile_m, chunk):
+def windows(start, end, rows, tile_m, chunk):
     """Calls ``chunk(window, own)`` for windows of rows that cover [start, end).
 
     Windows begin at whole registers; ``own [rows, 1]`` says which rows are meant, each
@@ -254,20 +254,20 @@ def _chunks(start, end, rows, tile_m, chunk):
     lax.fori_loop(0, trips, step, 0)
 
 
-def _rows_of(group, tile, bounds_ref, tile_m):
+def rows_of(group, tile, bounds_ref, tile_m):
     """The group's rows of a tile, counted from the tile's first one."""
     base = tile * tile_m
     start = jnp.clip(bounds_ref[group] - base, 0, tile_m)
     return start, jnp.clip(bounds_ref[group + 1] - base, 0, tile_m)
 
 
-def _fresh(ids_ref, visit):
+def fresh(ids_ref, visit):
     """Whether this visit is the first one of its id."""
     before = ids_ref[jnp.maximum(visit - 1, 0)]
     return (visit == 0) | (ids_ref[visit] != before)
 
 
-def _visits(sizes, m, tile_m, tail):
+def visits_of(sizes, m, tile_m, tail):
     """Which (group, row tile) each grid step is at.
 
     A tile is visited once for each group that has rows in it. With ``tail`` the tiles
@@ -294,17 +294,20 @@ def _visits(sizes, m, tile_m, tail):
     visit = jnp.arange(most, dtype=jnp.int32)
     group = jnp.sum(after <= visit[:, None], axis=1, dtype=jnp.int32)
     group = jnp.minimum(group, count.shape[0] - 1)
-    tile = jnp.minimum(first[group] + visit - (after - count)[group], tiles - 1)
+    # The group's entry, by comparison: a gather of single numbers is slow here.
+    own = group[:, None] == jnp.arange(count.shape[0])
+    base = jnp.sum(jnp.where(own, first - (after - count), 0), axis=1, dtype=jnp.int32)
+    tile = jnp.minimum(base + visit, tiles - 1)
     return (group, tile, bounds), after[-1]
 
 
-def _cut(tile, axis, left):
+def cut(tile, axis, left):
     """Zeros from index ``left`` of an axis on: a tile may reach out of its array."""
     index = lax.broadcasted_iota(jnp.int32, tile.shape, axis)
     return jnp.where(index < left, tile, jnp.zeros((), tile.dtype))
 
 
-def _dot(a, b, contracted, widen):
+def dot(a, b, contracted, widen):
     """Contracts one axis of each tile, in float32.
 
     Widened first where the kernel is interpreted: XLA has no such product of bfloat16
@@ -316,21 +319,22 @@ def _dot(a, b, contracted, widen):
     return lax.dot_general(a, b, dims, preferred_element_type=jnp.float32)
 
 
-def _at_least(size, array, axis):
+def at_least(size, array, axis):
     """Zeros at the end of an axis up to the size: narrow arrays are tiled otherwise."""
     more = [(0, 0)] * array.ndim
     more[axis] = (0, max(size - array.shape[axis], 0))
     return jnp.pad(array, more) if more[axis][1] else array
 
 
-def _params(config):
+def params(config):
+    """Cores share the tiles of columns; the rest of the grid goes in order."""
     return pltpu.CompilerParams(
         dimension_semantics=("parallel", "arbitrary", "arbitrary"),
         vmem_limit_bytes=config.vmem or None,
     )
 
 
-def _out_shape(shape, dtype, *arrays):
+def out_shape(shape, dtype, *arrays):
     """The result's type: it varies over the mesh axes that the arrays vary over."""
     return jax.ShapeDtypeStruct(
         shape, dtype, manual_axis_type=jax.typeof(arrays[0]).manual_axis_type

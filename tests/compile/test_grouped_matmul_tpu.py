@@ -29,7 +29,7 @@ def check(chip, op, m, k, n, groups, dtype, out_dtype=None):
     problem = _spec.Problem(op, m, k, n, groups, dtype, out_dtype or dtype)
     _spec.check_mosaic_tpu(problem, chip)
     config = _spec.config_mosaic_tpu(problem, chip)
-    assert config.vmem <= _spec._TPU_VMEM[chip] * 2**20
+    assert config.vmem <= _spec.TPU_VMEM[chip] * 2**20
     x, y, w = S((m, k), dtype), S((m, n), dtype), S((groups, k, n), dtype)
     if op == "grouped_sampled":
         fn = functools.partial(

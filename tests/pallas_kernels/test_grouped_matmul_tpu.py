@@ -139,7 +139,9 @@ def test_with_simulated_memory(op):
 
 def test_visits_by_hand():
     # Tiles of 4 rows, 5 of them; groups of 6, 0, 1, 5 rows: rows 0-5, none, 6, 7-11.
-    visits = lambda tail: mosaic_tpu._visits(jnp.array([6, 0, 1, 5]), 18, 4, tail=tail)
+    visits = lambda tail: mosaic_tpu.visits_of(
+        jnp.array([6, 0, 1, 5]), 18, 4, tail=tail
+    )
     (group, tile, bounds), count = visits(True)
     assert bounds.tolist() == [0, 6, 6, 7, 12, 12]
     # Group 0 in tiles 0, 1; group 2 in 1; group 3 in 1, 2; the tail alone has 3, 4.
@@ -183,7 +185,7 @@ def test_tiles_fit_and_cover(chip):
         for op in OPS:
             problem = _spec.Problem(op, m, k, n, groups, *["float32"] * 2)
             config = _spec.config_mosaic_tpu(problem, chip)
-            assert config.vmem <= _spec._TPU_VMEM[chip] * 2**20
+            assert config.vmem <= _spec.TPU_VMEM[chip] * 2**20
             assert config.rows % 16 == 0 and config.rows <= config.tile_m
             assert config.tile_k % 128 == 0 and config.tile_n % 128 == 0
 
