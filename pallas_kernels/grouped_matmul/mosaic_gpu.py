@@ -227,8 +227,8 @@ def sampled(
 def row_ranges(sizes: jax.Array, m: int) -> tuple[jax.Array, jax.Array]:
     """First row of each group, and last row + 1; int32 [groups] both."""
     sizes = jnp.maximum(sizes, 0)
-    last = jnp.minimum(_running_sum(sizes), m)
-    return jnp.minimum(last - sizes, last), last
+    last = _running_sum(sizes)
+    return jnp.minimum(last - sizes, m), jnp.minimum(last, m)
 
 
 def row_tiles(sizes: jax.Array, m: int, tile_m: int) -> tuple[jax.Array, jax.Array]:

@@ -3,14 +3,39 @@
 from collections.abc import Callable
 
 import jax
+import numpy as np
 from jax import numpy as jnp
 from jax.extend import core
 
 # What is lowered of arrays in registers; found by compiling each.
 _LOWERED = frozenset(
-    "abs add and broadcast_in_dim convert_element_type cos div eq erf exp exp2 ge gt "
-    "integer_pow le log logistic lt max min mul ne neg not or rsqrt select_n sign sin "
-    "square sub tanh xor".split()
+    "abs add broadcast_in_dim convert_element_type div eq exp exp2 ge gt integer_pow "
+    "le log logistic lt max min mul ne neg rsqrt select_n sign square sub tanh".split()
+)
+
+
+def _erfc(x):
+    """Abramowitz and Stegun, Handbook of Mathematical Functions, 7.1.28: 3e-7 off."""
+    size = jnp.abs(x)
+    total = 2.765672e-4 + 4.30638e-5 * size
+    for term in 1.520143e-4, 9.2705272e-3, 4.22820123e-2, 7.05230784e-2, 1.0:
+        total = total * size + term
+    y = 1.0 / jax.lax.integer_pow(total, 16)
+    return jnp.where(x < 0, 2.0 - y, y)
+
+
+# What is written otherwise; errors are those of float32 sums near 1.
+_REWRITTEN = {
+    "copy": lambda x: x,
+    "erf": lambda x: 1.0 - _erfc(x),
+    "erfc": _erfc,
+    "expm1": lambda x: jnp.exp(x) - 1.0,
+    "log1p": lambda x: jnp.log(1.0 + x),
+}
+# Calls of another function, which stands in its place.
+_CALLS = frozenset(
+    "checkpoint closed_call custom_jvp_call custom_vjp_call custom_vjp_call_jaxpr jit "
+    "pjit remat2".split()
 )
 
 
@@ -27,11 +52,12 @@ def check_activation(activation: Callable[[jax.Array], jax.Array]) -> None:
             f"mosaic_gpu: activation makes {shapes} of one float32 (8, 8), needs one "
             "float32 (8, 8)"
         )
-    found = set(_primitives(closed))
-    if not found <= _LOWERED:
+    served = _LOWERED.union(_REWRITTEN)
+    refused = set(_primitives(closed)) - served
+    if refused:
         raise NotImplementedError(
-            f"mosaic_gpu: activation has {', '.join(sorted(found - _LOWERED))}, needs "
-            f"to be made of {', '.join(sorted(_LOWERED))}"
+            f"mosaic_gpu: activation has {', '.join(sorted(refused))}, needs to be "
+            f"made of {', '.join(sorted(served))}"
         )
 
 
@@ -51,12 +77,18 @@ def _traced(activation, shape):
 
 def _inner(eqn):
     """The function that a call (jit, a custom rule) stands for, or None."""
-    return eqn.params.get("call_jaxpr", eqn.params.get("jaxpr"))
+    if eqn.primitive.name not in _CALLS:
+        return None
+    inner = eqn.params.get("call_jaxpr", eqn.params.get("jaxpr"))
+    return inner if hasattr(inner, "consts") else core.ClosedJaxpr(inner, ())
 
 
 def _primitives(closed):
-    if any(getattr(const, "ndim", 0) for const in closed.consts):
-        yield "a captured array"
+    for const in closed.consts:
+        if isinstance(const, jax.core.Tracer):
+            yield "a captured traced value"
+        elif np.ndim(const):
+            yield "a captured array"
     for eqn in closed.jaxpr.eqns:
         inner = _inner(eqn)
         if inner is None:
@@ -67,7 +99,9 @@ def _primitives(closed):
 
 def _evaluate(closed, *args):
     jaxpr = closed.jaxpr
-    known = dict(zip(jaxpr.constvars, closed.consts, strict=True))
+    # Numbers, not arrays, which a kernel does not capture.
+    consts = [np.asarray(const)[()] for const in closed.consts]
+    known = dict(zip(jaxpr.constvars, consts, strict=True))
     known |= dict(zip(jaxpr.invars, args, strict=True))
 
     def read(atom):
@@ -77,6 +111,8 @@ def _evaluate(closed, *args):
         values, inner = [read(v) for v in eqn.invars], _inner(eqn)
         if inner is not None:
             outs = _evaluate(inner, *values)
+        elif eqn.primitive.name in _REWRITTEN:
+            outs = [_REWRITTEN[eqn.primitive.name](*values)]
         else:
             outs = eqn.primitive.bind(*values, **eqn.params)
             outs = outs if eqn.primitive.multiple_results else [outs]

@@ -78,6 +78,121 @@ class Config:
 
 # --- TPU: Pallas Mosaic -------------------------------------------------------------
 
+# Columns of which two 16-bit numbers, a half apart, make a word: rows move as words.
+_TPU_PAIRED = 256
+_TPU_LANES = 128
+
+
+def check_mosaic_tpu(problem: Problem, chip: str | None) -> None:
+    """Raises NotImplementedError where the TPU kernels do not serve the problem.
+
+    Args:
+        problem: the half of the layer asked for.
+        chip: "v4", "v5e", "v5p", "v6e", "tpu7x", another chip's name, or None where it
+            is not known yet.
+    """
+    for name in ("tokens", "choices", "d", "f", "experts"):
+        if getattr(problem, name) < 1:
+            raise NotImplementedError(
+                f"mosaic_tpu: {name} is {getattr(problem, name)}, needs at least 1"
+            )
+    grouped.check_mosaic_tpu(_as_product(problem), chip)
+    config = config_mosaic_tpu(problem, chip)
+    room = grouped.TPU_VMEM[chip] * 2**20
+    if config.vmem > room:
+        raise NotImplementedError(
+            f"mosaic_tpu: d={problem.d}, f={problem.f} need {config.vmem} bytes of "
+            f"VMEM at the smallest tiles, {chip} has {room}"
+        )
+    tiles = -(-problem.choices // config.tile_m)
+    # Choices, visits of pairs (expert, tile), first rows; two experts are the tail's.
+    lists = tiles * config.tile_m + 2 * (tiles + problem.experts + 2) + problem.experts
+    if 4 * (lists + 4) > grouped.TPU_SMEM:
+        raise NotImplementedError(
+            f"mosaic_tpu: {problem.choices} choices, {problem.experts} experts have "
+            f"lists that take {4 * (lists + 4)} bytes of SMEM, needs at most "
+            f"{grouped.TPU_SMEM}: fewer choices at once"
+        )
+
+
+def config_mosaic_tpu(problem: Problem, chip: str | None) -> Config:
+    """Picks the tiles of the TPU kernels from mean rows per expert and the chip.
+
+    Matrices are read once: a tile of columns stays while the choices of its expert
+    pass. Tiles as wide as VMEM allows, since rows are gathered once for each. By the
+    compiler's schedule, not yet by measurement.
+    """
+    room = grouped.TPU_VMEM.get(chip, grouped.TPU_VMEM[None]) * 2**20
+    cores = grouped.TPU_CORES.get(chip, 1)
+    unit = _TPU_PAIRED if problem.dtype == "bfloat16" else _TPU_LANES
+    most_rows = -(-problem.choices // 16) * 16
+    inner, outer = problem.d, problem.f
+    if problem.op == "moe_down":
+        inner, outer = outer, inner
+    product = _as_product(problem)
+    config = None
+    for most, tile_m, wide in _tiles_mosaic_tpu(inner):
+        tile_m = min(tile_m, most_rows)
+        tile_k = grouped.part_tpu(inner, most, unit=unit)
+        tile_n = grouped.part_tpu(outer, wide, cores, unit=unit)
+        rows = grouped.rows_tpu(product, tile_m, chip in grouped.TPU_WIDE)
+        config = Config(tile_m, tile_k, tile_n, rows)
+        config = dataclasses.replace(config, vmem=vmem_mosaic_tpu(problem, config))
+        if config.vmem <= room:
+            break
+    assert config is not None
+    return config
+
+
+def _tiles_mosaic_tpu(inner: int):
+    """(most of the contraction, tile_m, wide), the best first."""
+    for most in (inner, 4096, 2048, 1024):
+        for tile_m, wide in ((512, 1024), (512, 512), (256, 512)):
+            yield min(most, inner), tile_m, wide
+    for tile_m in (128, 64, 32, 16):
+        yield min(512, inner), tile_m, 256
+
+
+def vmem_mosaic_tpu(problem: Problem, config: Config) -> int:
+    """Bytes of VMEM that a kernel asks for."""
+    item = 2 if problem.dtype == "bfloat16" else 4
+    tile_m, tile_k, tile_n = config.tile_m, config.tile_k, config.tile_n
+    rows = config.rows
+    inner = problem.f if problem.op == "moe_down" else problem.d
+    weights = 2 if problem.op == "moe_hidden_gated" else 1
+    # Weights and a tile of the result twice, float32 of a window.
+    total = 2 * item * (weights * tile_k * tile_n + tile_m * tile_n)
+    total += 4 * rows * tile_n * (weights + 3)
+    if problem.op == "moe_down":
+        # Rows and, in a column of their own lanes, gates.
+        total += 2 * tile_m * (item * tile_k + 4 * _TPU_LANES)
+    else:
+        # Rows as they come, twice, and as the product takes them.
+        width = -(-inner // tile_k) * tile_k
+        total += tile_m * width * item * (3 if item == 2 else 2)
+    if inner > tile_k:
+        total += 4 * weights * tile_m * tile_n
+    if inner % tile_k:
+        # The operands with what lies outside their arrays cut off.
+        total += item * (weights * tile_k * tile_n + rows * tile_k)
+    return total + grouped.TPU_SLACK
+
+
+def _as_product(problem: Problem) -> grouped.Problem:
+    """The grouped product that the kernel computes, of one of its matrices."""
+    k, n = problem.d, problem.f
+    if problem.op == "moe_down":
+        k, n = n, k
+    return grouped.Problem(
+        "grouped",
+        problem.choices,
+        k,
+        n,
+        problem.experts,
+        problem.dtype,
+        problem.dtype,
+    )
+
 
 # --- GPU: Pallas Mosaic, Hopper -----------------------------------------------------
 
@@ -125,7 +240,8 @@ def _grouped(problem: Problem) -> grouped.Problem:
     if problem.op == "moe_down":
         k, n = n, k
     elif problem.op == "moe_hidden_gated":
-        n *= 2
+        # Two matrices side by side; of each at least the 128 columns of a tile.
+        n = 2 * max(n, 128)
     return grouped.Problem(
         "grouped",
         problem.choices,
