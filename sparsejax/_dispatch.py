@@ -196,8 +196,12 @@ def _choose(
     flat, tree = jax.tree.flatten(arrays)
 
     def traced(fn):
-        return jax.make_jaxpr(lambda *flat: fn(*jax.tree.unflatten(tree, flat)))(*flat)
+        run = lambda *flat: fn(*jax.tree.unflatten(tree, flat))
+        jaxpr, shapes = jax.make_jaxpr(run, return_shape=True)(*flat)
+        results.append(jax.tree.structure(shapes))
+        return jaxpr
 
+    results = []  # the same for all
     branches = tuple((platform, traced(fn)) for platform, fn in by_platform.items())
     out = _choose_p.bind(
         *flat,
@@ -205,7 +209,7 @@ def _choose(
         default=None if default is None else traced(default),
         name=name,
     )
-    return out[0]
+    return jax.tree.unflatten(results[0], out)
 
 
 def _branch(platform, partitioned, branches, default, name):

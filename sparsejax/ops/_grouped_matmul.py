@@ -1,17 +1,22 @@
 """grouped_matmul and its transpose: products of rows with the weight of their group."""
 
 import dataclasses
+import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Float, Shaped
 
+from pallas_kernels.grouped_matmul import _spec
+from pallas_kernels.grouped_matmul._spec import Problem
 from sparsejax import _dispatch
 from sparsejax._dispatch import Choice, Implementation
 from sparsejax.ops import _grouped_matmul_xla
 from sparsejax.ops._checks import accumulator, check_floating
-from sparsejax.ops._products import SAMPLED, batched_by_loop, closed_products
+from sparsejax.ops._products import PRODUCT, SAMPLED, TRANSPOSED, closed_products
 
 
 def grouped_matmul(
@@ -208,29 +213,28 @@ class Static:
     out: jnp.dtype | None = None  # of a sampled product
 
 
-@dataclasses.dataclass(frozen=True)
-class Problem:
-    """Stand-in."""
+def products(run: Callable[..., jax.Array]) -> tuple[Callable[..., jax.Array], ...]:
+    """The product, its transposed and its sampled one, closed under differentiation.
 
-    op: str
-    m: int
-    k: int
-    n: int
-    groups: int
-    dtype: str
-    out_dtype: str
+    Args:
+      run: ``run(static, op, out, a, b, sizes)`` computes one of them, of operands that
+        have the dtype they are multiplied in, into the dtype ``out``.
+    """
 
+    def multiply(static, op, a, b, sizes):
+        a, b = a.astype(static.compute), b.astype(static.compute)
+        if op != SAMPLED:
+            return run(static, op, static.compute, a, b, sizes)
+        # A kernel writes its operands' dtype or float32; anything else is a cast.
+        wide = static.out in (static.compute, jnp.float32)
+        out = static.out if wide else static.compute
+        return run(static, op, out, a, b, sizes).astype(static.out)
 
-def _multiply(static, op, a, b, sizes):
-    a, b = a.astype(static.compute), b.astype(static.compute)
-    if op != SAMPLED:
-        return _call((static.choice, op, static.compute), a, b, sizes)
-    # A kernel writes its operands' dtype or float32; anything else is a cast.
-    out = static.out if static.out in (static.compute, jnp.float32) else static.compute
-    return _call((static.choice, op, out), a, b, sizes).astype(static.out)
+    return closed_products(multiply)
 
 
-_product, _, _sampled = closed_products(_multiply)
+def _choose(static, op, out, a, b, sizes):
+    return _call((static.choice, op, out), a, b, sizes)
 
 
 @_dispatch.jit
@@ -239,20 +243,62 @@ def _call(how, a, b, sizes):
     choice, op, out = how
 
     def call(a, b, sizes):
-        problem = _problem(op, out, a, b, sizes)
+        problem = problem_of(op, out, a, b, sizes)
         return _dispatch.call(GROUPED_MATMUL, choice, problem, a, b, sizes)
 
-    return batched_by_loop(call, more_rows=False)(a, b, sizes)
+    return _batched_by_groups(call, sampled=op == SAMPLED)(a, b, sizes)
+
+
+_product, _, _sampled = products(_choose)
+
+
+def _batched_by_groups(fn, *, sampled):
+    """``fn(a, b, sizes)`` whose batch is computed at once, as more rows or groups.
+
+    Rows are brought into the order of the groups of all members, tails last. Weights
+    that all members share keep their number: a group then has the rows of all members.
+    """
+    batching = custom_vmap(fn)
+
+    @batching.def_vmap
+    def _(size, batched, a, b, sizes):
+        shared = not (batched[1] or sampled)
+        every = lambda array, is_batched: (
+            array if is_batched else jnp.broadcast_to(array, (size, *array.shape))
+        )
+        a, sizes = every(a, batched[0]), every(sizes, batched[2])
+        (_, m, _), groups = a.shape, sizes.shape[1]
+        row = jnp.arange(m, dtype=jnp.int32)
+        find = jax.vmap(lambda ends: jnp.searchsorted(ends, row, side="right"))
+        group = find(jnp.cumsum(sizes, 1, dtype=jnp.int32)).astype(jnp.int32)
+        if shared:
+            sizes = sizes.sum(0, dtype=jnp.int32)
+        else:
+            b = every(b, batched[1])
+            member = jnp.arange(size, dtype=jnp.int32)[:, None]
+            group = jnp.where(group < groups, group + member * groups, size * groups)
+            sizes = sizes.ravel()
+        order = jnp.argsort(group.ravel(), stable=True)
+        sort = lambda rows: rows.reshape(-1, rows.shape[-1])[order]
+        if sampled:
+            w = batching(sort(a), sort(b), sizes)
+            return w.reshape(size, groups, *w.shape[1:]), True
+        y = batching(sort(a), b if shared else b.reshape(-1, *b.shape[2:]), sizes)
+        y = jnp.zeros_like(y).at[order].set(y, unique_indices=True)
+        return y.reshape(size, m, -1), True
+
+    return batching
 
 
 _OPS = {
-    "product": "grouped",
-    "transposed": "grouped_transposed",
-    "sampled": "grouped_sampled",
+    PRODUCT: "grouped",
+    TRANSPOSED: "grouped_transposed",
+    SAMPLED: "grouped_sampled",
 }
 
 
-def _problem(op, out, a, b, sizes):
+def problem_of(op, out, a, b, sizes):
+    """What the implementations are told of a product."""
     k, n = (a.shape[1], b.shape[1]) if op == SAMPLED else b.shape[1:]
     return Problem(
         op=_OPS[op],
@@ -274,8 +320,29 @@ def _run_xla(problem, chip, interpret, a, b, sizes):
     return _grouped_matmul_xla.product(a, b, sizes, transpose=transpose)
 
 
-def _note_xla(problem):
-    return "a loop over the groups' tiles of rows, the multiply-adds of one weight"
+def _kernels(name):
+    """The kernels' file of an implementation and how it picks tiles, loaded if used."""
+    if name == "mosaic_tpu":
+        from pallas_kernels.grouped_matmul import mosaic_tpu
+
+        return mosaic_tpu, _spec.config_mosaic_tpu
+    from pallas_kernels.grouped_matmul import mosaic_gpu
+
+    return mosaic_gpu, _spec.config_mosaic_gpu
+
+
+def _run_kernel(name, problem, chip, interpret, a, b, sizes):
+    kernels, config = _kernels(name)
+    how = dict(config=config(problem, chip), interpret=interpret)
+    if problem.op == "grouped_sampled":
+        out = jnp.dtype(problem.out_dtype)
+        return kernels.sampled(a, b, sizes, dtype=out, **how)
+    transpose = problem.op == "grouped_transposed"
+    return kernels.product(a, b, sizes, transpose=transpose, **how)
+
+
+def _note(problem):
+    return "the multiply-adds of one weight for all rows, whatever the groups"
 
 
 def _anything(problem, chip):
@@ -283,5 +350,21 @@ def _anything(problem, chip):
 
 
 GROUPED_MATMUL = {
-    "xla": Implementation("xla", None, _anything, _run_xla, note=_note_xla),
+    "xla": Implementation("xla", None, _anything, _run_xla, note=_note),
+    "mosaic_tpu": Implementation(
+        "mosaic_tpu",
+        "tpu",
+        _spec.check_mosaic_tpu,
+        functools.partial(_run_kernel, "mosaic_tpu"),
+        note=_note,
+    ),
+    # Hopper only: not offered to a GPU of which nothing is known.
+    "mosaic_gpu": Implementation(
+        "mosaic_gpu",
+        "cuda",
+        _spec.check_mosaic_gpu,
+        functools.partial(_run_kernel, "mosaic_gpu"),
+        needs_chip=True,
+        note=_note,
+    ),
 }

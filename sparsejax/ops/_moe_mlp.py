@@ -1,15 +1,26 @@
 """moe_mlp: the feed-forward network of a mixture of experts, dropless."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.custom_batching import custom_vmap
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Shaped
 
+from sparsejax import _dispatch
 from sparsejax._dispatch import Choice
 from sparsejax.ops._checks import accumulator, check_floating
 from sparsejax.ops._grouped_matmul import grouped_matmul
+from sparsejax.ops._moe_mlp_implementations import (
+    MOE_MLP,
+    MOE_MLP_GRADIENTS,
+    Problem,
+    composed,
+)
+from sparsejax.ops._products import batched_by_loop, in_turn
 from sparsejax.routing import Routing
 
 
@@ -83,25 +94,14 @@ def moe_mlp(
         dtype = functools.reduce(jnp.promote_types, dtypes)
     compute = jnp.dtype(dtype)
     check_floating(dtype=jax.ShapeDtypeStruct((), compute))
-    wide = accumulator(compute)
-    e = w_in.shape[0]
-    tokens, experts, weights = routing.choices()
-    order = jnp.argsort(experts, stable=True)
-    tokens, weights = tokens[order], weights[order]
-    valid = (experts[order] < e)[:, None]
-    product = functools.partial(
-        grouped_matmul,
-        group_sizes=routing.counts(),
-        dtype=compute,
-        implementation=implementation,
-    )
-    rows = x[tokens]
-    wide_product = lambda w: product(rows, w).astype(wide)
-    up = wide_product(w_in)
-    h = activation(up) if w_gate is None else activation(wide_product(w_gate)) * up
-    z = product(h.astype(compute), w_out).astype(wide) * weights[:, None].astype(wide)
-    y = jnp.zeros(x.shape, wide).at[tokens].add(jnp.where(valid, z, 0))
-    return y.astype(compute)
+    ws = (w_in,) if w_gate is None else (w_gate, w_in)
+    tokens, experts, weights = _choices(routing)
+    if 0 in (*x.shape, *w_in.shape, tokens.size):
+        return jnp.zeros(x.shape, compute)
+    by_token = not routing.by_expert
+    static = _Static(implementation, compute, activation, by_token)
+    operands = x.astype(compute), ws, w_out, weights, tokens, experts
+    return _over_explicit_axes(static, *operands)
 
 
 def moe_mlp_reference(
@@ -150,3 +150,155 @@ def _check(x, routing, w_in, w_out, gates):
             raise ValueError(f"{name}: got shape {gate.shape}, needed {w_in.shape}")
     if w_out.shape != (e, f, d):
         raise ValueError(f"w_out: got shape {w_out.shape}, needed {(e, f, d)}")
+
+
+def _choices(routing):
+    """The choices; one that is out of range is none."""
+    if _explicit_axes():
+        routing = jax.tree.map(lambda a: jax.sharding.reshard(a, P()), routing)
+    tokens, experts, weights = routing.choices()
+    t, e = routing.num_tokens, routing.num_experts
+    inside = (experts >= 0) & (experts < e) & (tokens >= 0) & (tokens < t)
+    experts = jnp.where(inside, experts, e)
+    return jnp.clip(tokens, 0, max(t - 1, 0)), experts, weights
+
+
+# --- The layer and its derivatives ----------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class _Static:
+    """What is fixed while tracing: who computes, in which dtype, and what."""
+
+    choice: Choice
+    compute: jnp.dtype
+    activation: Callable[[jax.Array], jax.Array]
+    by_token: bool
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _layer(static, x, ws, w_out, weights, tokens, experts):
+    return _call(static, x, ws, w_out, weights, tokens, experts)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _gradients(static, x, ws, w_out, weights, tokens, experts, dy):
+    """Of x, ws, w_out and weights."""
+    return _call_gradients(static, x, ws, w_out, weights, tokens, experts, dy)
+
+
+def _layer_bwd(static, operands, dy):
+    return *_gradients(static, *operands, dy), None, None
+
+
+def _gradients_bwd(static, operands, cotangents):
+    x, ws, w_out, weights, tokens, experts, dy = operands
+    how = dict(dtype=static.compute, implementation=static.choice)
+    product = functools.partial(grouped_matmul, **how)
+    problem = _problem("moe_mlp", static, x, ws, tokens)
+
+    def gradients(x, ws, w_out, weights, dy):
+        layer = lambda *args: composed(product, problem, *args, tokens, experts)
+        return jax.vjp(layer, x, ws, w_out, weights)[1](dy)
+
+    *ds, ddy = jax.vjp(gradients, x, ws, w_out, weights, dy)[1](cotangents)
+    return *ds, None, None, ddy
+
+
+_keep = lambda fn: lambda static, *operands: (fn(static, *operands), operands)
+_layer.defvjp(_keep(_layer), _layer_bwd)
+_gradients.defvjp(_keep(_gradients), _gradients_bwd)
+
+
+@_dispatch.jit
+def _call(static, *operands):
+    def call(x, ws, w_out, weights, tokens, experts):
+        problem = _problem("moe_mlp", static, x, ws, tokens)
+        operands = x, ws, w_out, weights, tokens, experts
+        return _dispatch.call(MOE_MLP, static.choice, problem, *operands)
+
+    return _batched_by_tokens(call)(*operands)
+
+
+@_dispatch.jit
+def _call_gradients(static, *operands):
+    def call(x, ws, w_out, weights, tokens, experts, dy):
+        problem = _problem("moe_mlp_gradients", static, x, ws, tokens)
+        operands = x, ws, w_out, weights, tokens, experts, dy
+        return _dispatch.call(MOE_MLP_GRADIENTS, static.choice, problem, *operands)
+
+    return batched_by_loop(call, more_rows=False)(*operands)
+
+
+def _batched_by_tokens(fn):
+    """``fn`` whose batch, where members share the weights, is just more tokens."""
+    batching = custom_vmap(fn)
+
+    @batching.def_vmap
+    def _(size, batched, x, ws, w_out, *choices):
+        if any(jax.tree.leaves(batched[1:3])):
+            return in_turn(batching, batched, (x, ws, w_out, *choices)), True
+        every = lambda a, is_batched: (
+            a if is_batched else jnp.broadcast_to(a, (size, *a.shape))
+        )
+        x, choices = every(x, batched[0]), map(every, choices, batched[3:])
+        weights, tokens, experts = choices
+        tokens = tokens + x.shape[1] * jnp.arange(size, dtype=tokens.dtype)[:, None]
+        flat = weights.ravel(), tokens.ravel(), experts.ravel()
+        y = batching(x.reshape(-1, x.shape[2]), ws, w_out, *flat)
+        return y.reshape(x.shape), True
+
+    return batching
+
+
+def _problem(op, static, x, ws, tokens):
+    (t, d), (e, _, f) = x.shape, ws[0].shape
+    return Problem(
+        op=op,
+        tokens=t,
+        choices=tokens.size,
+        d=d,
+        f=f,
+        experts=e,
+        gated=len(ws) == 2,
+        by_token=static.by_token,
+        dtype=x.dtype.name,
+        activation=static.activation,
+    )
+
+
+def _over_explicit_axes(static, x, *rest):
+    """The layer under shard_map over a mesh's explicit axes, if any.
+
+    A Mosaic kernel cannot be partitioned by XLA. Where choices are listed by token,
+    each device computes its own tokens'; else each computes all.
+    """
+
+    def local(x, ws, w_out, weights, tokens, experts):
+        if static.by_token:
+            tokens = tokens - tokens[0]
+        leaves, tree = jax.tree.flatten((x, ws, w_out, weights, tokens, experts))
+        operands = jax.tree.unflatten(tree, _dispatch.vary_alike(*leaves))
+        return _layer(static, *operands)
+
+    explicit = _explicit_axes()
+    if not explicit:
+        return local(x, *rest)
+    cut = tuple(jax.typeof(x).sharding.spec)[0] if static.by_token else None
+    *weights, _, _, _ = (jax.tree.map(lambda _: P(), each) for each in rest)
+    specs = (P(cut, None), *weights, P(cut), P(cut), P(cut))
+    args = jax.tree.map(
+        lambda spec, a: jax.sharding.reshard(a, spec),
+        specs,
+        (x, *rest),
+        is_leaf=lambda a: isinstance(a, P),
+    )
+    mapped = jax.shard_map(
+        local, in_specs=specs, out_specs=P(cut, None), axis_names=set(explicit)
+    )
+    return mapped(*args)
+
+
+def _explicit_axes():
+    mesh = jax.sharding.get_abstract_mesh()
+    return () if mesh.empty else mesh.explicit_axes

@@ -91,12 +91,14 @@ def batched_by_loop(
         if more_rows and batched[0] and not any(jax.tree.leaves(batched[1:])):
             y = batching(x.reshape(-1, x.shape[-1]), *rest)
             return y.reshape(size, x.shape[1], -1), True
-        return _in_turn(batching, batched, (x, *rest)), True
+        out = in_turn(batching, batched, (x, *rest))
+        return out, jax.tree.map(lambda _: True, out)
 
     return batching
 
 
-def _in_turn(fn: Callable[..., Any], batched: Any, args: Any) -> Any:
+def in_turn(fn: Callable[..., Any], batched: Any, args: Any) -> Any:
+    """``fn(*args)`` of one member of a batch after the other, by ``custom_vmap``."""
     leaves, tree = jax.tree.flatten(args)
     batched = jax.tree.leaves(batched)
     own = [leaf for leaf, is_batched in zip(leaves, batched, strict=True) if is_batched]
