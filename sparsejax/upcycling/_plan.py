@@ -1,6 +1,7 @@
 """Which leaf of the target comes from where; nothing is computed here."""
 
 import dataclasses
+import re
 from typing import Any, NamedTuple
 
 import jax
@@ -115,6 +116,8 @@ def _layers(ffn, source, target):
             continue
         to = _names.fill(ffn.target, stars)
         places = {role: _names.join(to, ffn.names.get(role, role)) for role in ROLES}
+        if places["balance"] not in target:  # Linen has it in a collection of its own
+            places["balance"] = re.sub("^params/", "balance/", places["balance"])
         leaves = {role: place for role, place in places.items() if place in target}
         if "router" not in leaves:
             dense.append(places["router"])
@@ -197,7 +200,8 @@ def _check_layer(layer, source, spec):
                 f"{layer.sources[role]}: got {leaf.shape}, needed {needed} beside "
                 f"{layer.sources['w_in']}"
             )
-    e, *_, hidden = like["w_in"].shape or (0,)
+    wide = like["w_in"].shape or (0,)
+    e, hidden = wide[0], wide[-1]
     # What an unknown router does with its logits is its own.
     own = spec.router is not None and arguments_of(spec.router) is None
     logits = like["router"].shape[-1] if own and like["router"].shape else e

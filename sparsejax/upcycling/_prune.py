@@ -92,7 +92,7 @@ def prune_experts(
     for name, ffn, arrays in layers:
         axis = ffn.axis if ffn is not None else None
         used = jnp.asarray(records[name])
-        _check_layer(name, arrays, used, keep, axis)
+        _check_layer(name, ffn, arrays, used, keep)
 
         def one(arrays, used, ffn=ffn):
             best, part = _most_used(used, keep)
@@ -218,15 +218,26 @@ def _records(usage, names):
     return found
 
 
-def _check_layer(name, arrays, used, keep, axis):
+def _check_layer(name, ffn, arrays, used, keep):
+    """Raises unless every array is of as many experts as the record."""
+    axis = None if ffn is None else ffn.axis
     stack = () if axis is None else (arrays["router"].shape[axis],)
-    shape = list(arrays["router"].shape)
-    if axis is not None:
-        del shape[axis]
-    e = shape[-1]
+    e = _experts("router", arrays["router"], axis)
+    for role, w in arrays.items():
+        if role in _AXES and _experts(role, w, axis) != e:
+            raise ValueError(
+                f"{_place(name, ffn, role)}: got {w.shape}, needed {e} experts, as "
+                f"{_place(name, ffn, 'router')} has"
+            )
     if used.shape != (*stack, e):
         raise ValueError(
             f"usage: got {used.shape} for {name}, needed {(*stack, e)}, its experts"
         )
     if not 1 <= keep <= e:
         raise ValueError(f"keep: got {keep}, needed 1 to {e}, the experts of {name}")
+
+
+def _experts(role, w, axis):
+    """How many experts an array of one layer, or of a stack, is of."""
+    shape = [n for i, n in enumerate(w.shape) if i != axis]
+    return shape[_AXES[role]] if len(shape) > _AXES[role] else 0

@@ -1,7 +1,7 @@
 """What the report calls exact is, and what it does not is not: measured.
 
 The dense layer and the mixture are loops over experts in float64 numpy; routing alone
-is the library's, as a model would use it.
+is the library's, as a model would use it. test_modules.py has all of it in modules.
 """
 
 import functools
@@ -135,6 +135,7 @@ CAPACITIES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODES)
 def test_exact_is_what_is_measured(name):
     """Every gate and capacity: exact iff the outputs are equal."""

@@ -10,6 +10,7 @@ import optax
 import pytest
 from flax import linen as nn
 from flax import nnx
+from flax.core import freeze
 from jax.sharding import NamedSharding, PartitionSpec
 
 import sparsejax.linen
@@ -90,8 +91,9 @@ class NnxNet(nnx.Module):
         return x
 
 
-@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
-@pytest.mark.parametrize("pure", [False, True], ids=["state", "pure dict"])
+@pytest.mark.parametrize(
+    ("pure", "gated"), [(False, True), (True, False)], ids=["state", "pure dict"]
+)
 def test_nnx_every_second_layer(gated, pure):
     dense = NnxNet([0, 0, 0, 0], gated, nnx.Rngs(0))
     make = lambda: nnx.split(NnxNet([0, 1, 0, 1], gated, nnx.Rngs(1)))
@@ -184,7 +186,11 @@ def linen_case(dense, moe, ffns, x, **spec):
     return params, variables
 
 
-@pytest.mark.parametrize("axis", [None, 0, 1])
+SLOW = pytest.mark.slow
+
+
+@SLOW
+@pytest.mark.parametrize("axis", [None, 1])
 def test_linen_scanned_or_not(axis):
     dense = LinenNet(functools.partial(LinenBlock, False), 3, axis)
     moe = LinenNet(functools.partial(LinenBlock, True), 3, axis)
@@ -283,7 +289,8 @@ def test_noise_has_the_std_asked_for():
     assert abs(jnp.vdot(difference[0], difference[1])) < 0.05 * 0.09 * d * f
 
 
-def test_drop_shares_units_among_matrices():
+def test_drop_upcycling_draws_other_units_for_each_matrix():
+    """There (1 - r)^3 of the units stay whole; here 1 - r do, and r are all new."""
     d, f, e = 40, 64, 3
     draw = {"up": normal(1, d, f) + 2, "gate": normal(2, d, f), "down": normal(3, f, d)}
     layer = shaped(router=(d, e), w_in=(e, d, f), w_gate=(e, d, f), w_out=(e, f, d))
@@ -416,11 +423,27 @@ OPTIMIZERS = {
     "bfloat16 moments": optax.adam(1e-3, mu_dtype=jnp.bfloat16),
     "adafactor": optax.adafactor(1e-3, min_dim_size_to_factor=2),
     "adafactor, not factored": optax.adafactor(1e-3),
+    "adadelta": optax.adadelta(1e-3),
+    "amsgrad": optax.amsgrad(1e-3),
+    "nothing": optax.identity(),
+    "apply_if_finite": optax.apply_if_finite(optax.adam(1e-3), 3),
 }
+QUICK = [
+    *[("masked", "zeros"), ("inject_hyperparams", "rescale"), ("MultiSteps", "copy")],
+    *[("nothing", "copy")],
+]
 
 
-@pytest.mark.parametrize("policy", ["zeros", "rescale"])
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize(
+    ("name", "policy"),
+    [
+        (name, policy)
+        if (name, policy) in QUICK
+        else pytest.param(name, policy, marks=SLOW)
+        for name in OPTIMIZERS
+        for policy in ("zeros", "copy", "rescale")
+    ],
+)
 def test_every_optimizer_goes_on(name, policy):
     optimizer, params = OPTIMIZERS[name], dense_of(d=4, f=8)
     state = state_after_a_step(optimizer, params)
@@ -476,6 +499,109 @@ def test_optimizer_states_are_refused_by_name():
     state = state_after_a_step(average, params)
     _, new, _ = run(params, state, **arguments, moments={"ema": 1})
     assert (new.ema["mlp"]["w_in"] == 1 / 2).all()
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "message"),
+    [
+        (optax.novograd(1e-3), r"got 0/nu \(\) of mlp/up, means over an axis, .* Copy"),
+        (optax.sm3(1e-3), "got 0/mu with mlp/down/0, .*an array for each of mlp/down"),
+        (optax.adan(1e-3), "got 0/m, of which it is not known what power"),
+        (optax.flatten(optax.adam(1e-3)), "optimizer: got one whose state"),
+    ],
+    ids=["novograd", "sm3", "adan", "flatten"],
+)
+def test_states_unlike_parameters_are_refused_by_name(optimizer, message):
+    params = dense_of()
+    with jax.numpy_dtype_promotion("standard"):
+        state = optimizer.init(params)
+    with pytest.raises(ValueError, match=message):
+        run(params, state, optimizer=optimizer, opt_state="copy")
+
+
+def test_moments_that_the_dense_model_has_not_begin_at_zero_and_are_named():
+    """Matrices have another optimizer than experts, as in Muon: by number of axes."""
+    labels = lambda params: jax.tree.map(lambda x: "ab"[x.ndim == 2], params)
+    adam = optax.adam(1e-3)
+    optimizer = optax.multi_transform({"a": adam, "b": adam}, labels)
+    state = state_after_a_step(optimizer, dense_of())
+    _, new, report = run(None, state, optimizer=optimizer, opt_state="copy")
+    mu = new.inner_states["a"].inner_state[0].mu
+    assert (mu["scale"] == 1).all() and (mu["mlp"]["w_in"] == 0).all()
+    assert "mu of mlp/w_in, mlp/w_out begins at zero" in report.warnings[0]
+
+
+def test_factors_of_some_of_the_stacked_layers():
+    """[4, d, f] is factored into [4, d] and [4, f], of which every second goes on."""
+    optimizer = OPTIMIZERS["adafactor"]
+    move = Move(source="norm", target="other", layers=slice(1, None, 2))
+    arguments = {"moves": [move], "optimizer": optimizer}
+    stack = {"norm": jnp.ones((4, 5, 6)), **dense_of()}
+    state = jax.tree.map(jnp.zeros_like, optimizer.init(stack))
+    state[0].v_row["norm"] = jnp.arange(20.0).reshape(4, 5)
+    target = {**shaped(other=(2, 5, 6)), **target_of()}
+    _, new, _ = run(stack, state, target=target, **arguments)
+    rows = [[5, 6, 7, 8, 9], [15, 16, 17, 18, 19]]
+    assert new[0].v_row["other"].tolist() == rows
+    # Layers are themselves among the factors where they are many.
+    stack["norm"], target["other"] = jnp.ones((4, 2, 3)), shaped(x=(2, 2, 3))["x"]
+    with pytest.raises(ValueError, match="of norm, .* the layers .* cannot be told"):
+        run(stack, optimizer.init(stack), target=target, **arguments)
+
+
+def test_nnx_states_with_other_variables_than_parameters():
+    """A dropout's key and count stay, and the optimizer knows parameters alone."""
+
+    class Net(nnx.Module):
+        def __init__(self, moe, rngs):
+            self.block = NnxBlock(moe, False, rngs)
+            self.dropout = nnx.Dropout(0.5, rngs=rngs)
+
+    ffn = Ffn(source="block/mlp", w_in="up/kernel", w_out="down/kernel")
+    dense = nnx.state(Net(False, nnx.Rngs(0)))
+    target = nnx.eval_shape(lambda: nnx.state(Net(True, nnx.Rngs(0))))
+    made, _, report = run(dense, target=target, ffns=[ffn])
+    assert report.exact and jax.tree.structure(made) == jax.tree.structure(target)
+    key = lambda state: jax.random.key_data(state.dropout.rngs.key.get_value())
+    assert (key(made) == key(dense)).all()
+    # Parameters alone, with their moments.
+    params, shapes = (
+        nnx.filter_state(dense, nnx.Param),
+        nnx.filter_state(target, nnx.Param),
+    )
+    optimizer = optax.adam(1e-3)
+    arguments = {"optimizer": optimizer, "opt_state": "rescale"}
+    state = state_after_a_step(optimizer, params)
+    made, new, _ = run(params, state, target=shapes, ffns=[ffn], **arguments)
+    assert jax.tree.structure(new) == jax.tree.structure(optimizer.init(made))
+    assert (new[0].mu.block.mlp.w_in[...] == 1 / 4).all()
+
+
+def test_containers_and_leaves_of_all_kinds():
+    more = {"list": [jnp.ones(1), None], "key": jax.random.key(3), "step": np.int32(7)}
+    params = freeze({**jax.tree.map(np.asarray, dense_of()), **more})
+    target = {**target_of(), **jax.eval_shape(lambda: more)}
+    made, _, report = run(params, target=target)
+    assert report.exact and type(made) is dict and made["step"] == 7
+    frozen = run(params, target=freeze(target)).params
+    assert jax.tree.structure(frozen) == jax.tree.structure(freeze(target))
+    with pytest.raises(ValueError, match="params: got float for rate, needed an array"):
+        run({**dense_of(), "rate": 0.1})
+
+
+def test_bfloat16_stays_and_the_router_is_what_the_target_says():
+    half = lambda tree: jax.tree.map(lambda x: x.astype(jnp.bfloat16), tree)
+    target = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), target_of()
+    )
+    target["mlp"]["router"] = jax.ShapeDtypeStruct((2, 2), jnp.float32)
+    optimizer = optax.adam(1e-3)
+    params = half(dense_of())
+    state = state_after_a_step(optimizer, params)
+    for mode in (Copy(noise=0.1), Drop(0.5)):
+        made, new, _ = run(params, state, target=target, mode=mode, optimizer=optimizer)
+        assert made["mlp"]["w_in"].dtype == new[0].nu["mlp"]["w_in"].dtype == "bfloat16"
+    assert made["mlp"]["router"].dtype == jnp.float32
 
 
 def test_labels_that_are_trees_come_as_a_pair():
@@ -534,6 +660,15 @@ def test_labels_that_are_trees_come_as_a_pair():
         (
             {"target": target_of(w_gate=(2, 2, 4))},
             "target: mlp has router, w_gate, w_in, w_out, needed router, w_in, w_out",
+        ),
+        (
+            {
+                "target": {
+                    **target_of(),
+                    "mlp": shaped(router=(2, 2), w_in=(3, 2, 4), w_out=(3, 4, 2)),
+                }
+            },
+            r"mlp/router: got \(2, 2\) of one layer in the target, needed \(2, 3\)",
         ),
         ({"mode": Shared()}, "needed router, shared_in, shared_out, w_in, w_out of"),
         (
@@ -595,6 +730,10 @@ def test_what_does_not_fit_is_named_and_nothing_is_touched(arguments, message):
             lambda: Ffn(source="mlp", w_in="a", w_out="b", layers=1),
             "layers: got 1, needed the axis",
         ),
+        (
+            lambda: Ffn(source="mlp", w_in="a", w_out="b", axis=-3),
+            "axis: got -3, needed one counted from the front",
+        ),
     ],
 )
 def test_specs_are_checked_when_made(make, message):
@@ -616,6 +755,7 @@ def test_what_is_left_over_is_said_and_not_exact():
 # ---- the router's gradient ---------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", [Copy(), Copy(noise=0.1), Drop(0.5), Shared()])
 @pytest.mark.parametrize("normalize", ["none", "sum", "sum_stopgrad"])
 @pytest.mark.parametrize("k", [1, 2])
@@ -676,13 +816,17 @@ def test_shardings_are_kept(jitted):
     }
     optimizer = optax.adam(1e-3)
     state = optimizer.init(params)
-    spec = spec_of(target=target_of(e=4, d=16, f=32), optimizer=optimizer)
-    make = functools.partial(upcycle, spec=spec, key=jax.random.key(0))
-    made, new, _ = (jax.jit(make) if jitted else make)(params, state)
     wanted = NamedSharding(mesh, PartitionSpec(None, "x"))
-    assert made["mlp"]["w_in"].sharding.is_equivalent_to(wanted, 3)
-    assert made["mlp"]["w_out"].sharding.is_equivalent_to(wanted, 3)
-    assert made["scale"].sharding.is_equivalent_to(params["scale"].sharding, 1)
+    for policy in ("zeros", "copy"):
+        spec = spec_of(
+            target=target_of(e=4, d=16, f=32), optimizer=optimizer, opt_state=policy
+        )
+        make = functools.partial(upcycle, spec=spec, key=jax.random.key(0))
+        made, new, _ = (jax.jit(make) if jitted else make)(params, state)
+        for tree in (made, new[0].mu, new[0].nu):
+            assert tree["mlp"]["w_in"].sharding.is_equivalent_to(wanted, 3)
+            assert tree["mlp"]["w_out"].sharding.is_equivalent_to(wanted, 3)
+            assert tree["scale"].sharding.is_equivalent_to(params["scale"].sharding, 1)
 
 
 @pytest.mark.parametrize("jitted", [False, True], ids=["eager", "jit"])
@@ -702,11 +846,14 @@ def test_shardings_of_the_target_hold(jitted):
             for name, x in shapes["mlp"].items()
         },
     }
-    params = dense_of(d=16, f=32)
+    params, optimizer = dense_of(d=16, f=32), optax.adam(1e-3)
     make = functools.partial(
-        upcycle, spec=spec_of(target=target), key=jax.random.key(0)
+        upcycle,
+        spec=spec_of(target=target, optimizer=optimizer),
+        key=jax.random.key(0),
     )
-    made, _, _ = (jax.jit(make) if jitted else make)(params)
-    for name, x in made["mlp"].items():
-        assert x.sharding.is_equivalent_to(place(*specs[name]), x.ndim), name
+    made, new, _ = (jax.jit(make) if jitted else make)(params, optimizer.init(params))
+    for tree in (made, new[0].mu, new[0].nu):
+        for name, x in tree["mlp"].items():
+            assert x.sharding.is_equivalent_to(place(*specs[name]), x.ndim), name
     assert (jax.device_get(made["mlp"]["w_in"])[2] == params["mlp"]["up"]).all()
