@@ -414,7 +414,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
                 choices=choices.get(field.name),
                 help=f"{helps[field.name]} ({field.default})",
             )
-    add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="(0 1 2)")
+    add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="one or more (0 1 2)")
     add("--data", nargs="+", default=[], metavar="PATH", help="text files or folders")
     add("--out", type=pathlib.Path, default="runs/upcycle_lm", help="folder of reports")
     return parser.parse_args(argv)
