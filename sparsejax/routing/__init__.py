@@ -4,6 +4,10 @@ Pure functions of router logits ``[t, e]``; all arithmetic in float32 whatever t
 model's dtype, ties to the expert of lowest index. Every router returns a ``Routing``,
 which ``ops.moe_mlp`` computes.
 
+An expert at -inf is not chosen, and a token that has no other goes nowhere. NaN in a
+token's logits shows in its weights, and in those of no other token where tokens are not
+rivals for places. Padding, where a mask says so, may be anything.
+
 Glossary:
 
 choice

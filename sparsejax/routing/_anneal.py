@@ -1,13 +1,22 @@
 """From all experts to a few: a temperature that falls while the gate trains."""
 
-import math
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, Shaped
 
+from sparsejax.routing._choices import (
+    NORMALIZE,
+    check_bound,
+    check_count,
+    check_option,
+    check_scores,
+    largest,
+    only_tokens,
+    score_all,
+    weigh,
+)
 from sparsejax.routing._routing import Routing
-from sparsejax.routing._top_k import _scores, _weights, check_logits, clean, largest
+from sparsejax.routing._sinkhorn import check_temperature
 
 
 def dense_to_sparse(
@@ -67,41 +76,32 @@ def dense_to_sparse(
       Nie et al., `EvoMoE: An Evolutional Mixture-of-Experts Training Framework via
       Dense-To-Sparse Gate <https://arxiv.org/abs/2112.14397>`_, 2021.
     """
-    check_logits(logits, mask)
+    logits = check_scores(logits, mask)
     e = logits.shape[1]
-    max_k = e if max_k is None else max_k
-    if not 1 <= k <= e:
-        raise ValueError(f"k must be in [1, {e}], the experts, got {k}")
-    if not k <= max_k <= e:
-        raise ValueError(f"max_k must be in [k, e], [{k}, {e}], got {max_k}")
-    if isinstance(temperature, float | int) and not 0 < temperature < math.inf:
-        raise ValueError(f"temperature must be positive and finite, got {temperature}")
-    logits = clean(logits, mask)
+    k, bound = check_count("k", k, e, "experts"), check_bound(max_k, e)
+    if bound < k:
+        raise ValueError(f"max_k: got {max_k}, needed at least k, {k}")
+    temperature = check_temperature(temperature)
+    check_option("normalize", normalize, NORMALIZE)
     if key is not None:
         logits = logits + jax.random.gumbel(key, logits.shape, jnp.float32)
-    logits = logits / jnp.asarray(temperature, jnp.float32)
-    gates, log_gates, _ = _scores(logits, "softmax")
+    logits = logits / temperature
+    gates, log_gates, _ = score_all(logits, "softmax")
 
     tokens = True if mask is None else mask[:, None]
-    above = tokens & (gates > threshold)
-    best, indices = largest(logits, max_k)
+    above = tokens & ~(gates <= threshold)  # NaN as well, to be seen in the output
+    best, indices = largest(logits, bound)
     surely = tokens & ~jnp.isneginf(best[:, :k])
     used = jnp.take_along_axis(above, indices, 1)
     # All that are above the threshold, and of the k best those that are not.
     below = jnp.where(surely & ~used[:, :k], indices[:, :k], e)
     demand = above.sum(0, dtype=jnp.int32).at[below].add(1, mode="drop")
     valid = used.at[:, :k].set(surely)
-    weights = _weights(
-        jnp.take_along_axis(gates, indices, 1),
-        jnp.take_along_axis(log_gates, indices, 1),
-        valid,
-        normalize,
-    )
     return Routing(
         indices=indices,
-        weights=jnp.where(valid, weights, 0),
+        weights=weigh(gates, log_gates, indices, valid, normalize),
         valid=valid,
-        probs=jnp.where(tokens, gates, 0),
+        probs=only_tokens(gates, mask),
         mask=mask,
         demand=demand,
     )

@@ -3,6 +3,8 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
+from sparsejax.routing._choices import check_option
+
 
 def update_bias(
     bias: Float[Array, "..."],
@@ -46,9 +48,10 @@ def update_bias(
       <https://arxiv.org/abs/2408.15664>`_, 2024.
     """
     if bias.ndim != 1 or counts.shape != bias.shape:
-        raise ValueError(f"counts must be {bias.shape} as bias, got {counts.shape}")
-    if rule not in ("sign", "proportional"):
-        raise ValueError(f"rule must be 'sign' or 'proportional', got {rule!r}")
+        raise ValueError(
+            f"counts: got shape {counts.shape} for bias {bias.shape}, needed [e] both"
+        )
+    check_option("rule", rule, ("sign", "proportional"))
     # From the smallest on: a mean of large equal counts would round to another number.
     fewest = counts.min()
     excess = (counts - fewest).astype(jnp.float32)

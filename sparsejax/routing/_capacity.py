@@ -31,11 +31,11 @@ def capacity(tokens: int, experts: int, k: int, factor: float = 1.0) -> int:
     """
     for name, value in (("tokens", tokens), ("experts", experts), ("k", k)):
         if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
+            raise ValueError(f"{name}: got {value}, needed at least 1")
     if k > experts:
-        raise ValueError(f"k must be at most the {experts} experts, got {k}")
+        raise ValueError(f"k: got {k}, needed an int from 1 to the {experts} experts")
     if not 0 < factor < math.inf:
-        raise ValueError(f"factor must be positive and finite, got {factor}")
+        raise ValueError(f"factor: got {factor}, needed a positive finite number")
     # Rounded first: 1.1 * 80 / 8 is a little above 11, which is not meant.
     return min(tokens, max(1, math.ceil(round(factor * k * tokens / experts, 6))))
 

@@ -6,9 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
-
-from sparsejax.routing._top_k import _scores, _weights, largest
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 NORMALIZE = ("none", "sum", "sum_stopgrad")
 SCORE = ("softmax", "sigmoid")
@@ -89,10 +87,50 @@ def only_tokens(array: Array, mask: Array | None) -> Array:
     return jnp.where(rows, array, jnp.zeros_like(array))
 
 
-def score_all(logits: Array, score: str) -> tuple[Array, Array, Array]:
+def jittered(
+    logits: Float[Array, "t e"],
+    jitter: float | Float[Array, ""],
+    key: PRNGKeyArray | None,
+) -> Float[Array, "t e"]:
+    """Adds normal noise of standard deviation `jitter`."""
+    if isinstance(jitter, float | int):
+        if jitter < 0:
+            raise ValueError(f"jitter: got {jitter}, needed a number from 0 on")
+        if jitter == 0:
+            return logits
+    if key is None:
+        raise ValueError("key: got None, needed one for jitter")
+    noise = jax.random.normal(key, logits.shape, jnp.float32)
+    return logits + jnp.asarray(jitter, jnp.float32) * noise
+
+
+def largest(
+    values: Float[Array, "t n"], k: int
+) -> tuple[Float[Array, "t k"], Int[Array, "t k"]]:
+    """The k largest of each row and their indices, ties to the lowest index."""
+    values = jax.lax.stop_gradient(values)
+    # top_k may put 0 before -0, which are equal.
+    best, indices = jax.lax.top_k(jnp.where(values == 0, 0, values), k)
+    return best, indices
+
+
+def score_all(
+    logits: Float[Array, "t e"], score: str
+) -> tuple[Float[Array, "t e"], Float[Array, "t e"], Float[Array, "t e"]]:
     """Scores ``[t, e]``, their logarithms, and the scores as a distribution."""
     check_option("score", score, SCORE)
-    return _scores(logits, score)
+    # A token whose experts are all at -inf goes nowhere: its scores are 0, not NaN.
+    nowhere = jnp.isneginf(logits).all(1, keepdims=True)
+    logits = jnp.where(nowhere, 0, logits)
+    if score == "sigmoid":
+        scores, log_scores = jax.nn.sigmoid(logits), jax.nn.log_sigmoid(logits)
+        # A softmax of logarithms: no epsilon under which scores could hide.
+        probs = jax.nn.softmax(log_scores)
+    else:
+        scores, log_scores = jax.nn.softmax(logits), jax.nn.log_softmax(logits)
+        probs = scores
+    zeros = lambda x: jnp.where(nowhere, 0, x)
+    return zeros(scores), jnp.where(nowhere, -jnp.inf, log_scores), zeros(probs)
 
 
 def choose(
@@ -123,4 +161,17 @@ def weigh(
     check_option("normalize", normalize, NORMALIZE)
     chosen = jnp.take_along_axis(scores, indices, axis=-1)
     log_chosen = jnp.take_along_axis(log_scores, indices, axis=-1)
-    return jnp.where(valid, _weights(chosen, log_chosen, valid, normalize), 0)
+    return jnp.where(valid, _quotients(chosen, log_chosen, valid, normalize), 0)
+
+
+def _quotients(scores, log_scores, counted, normalize):
+    """Weights of the places, given the scores there; only `counted` are summed."""
+    if normalize == "none":
+        return scores
+    log_scores = jnp.where(counted, log_scores, -jnp.inf)
+    top = jax.lax.stop_gradient(log_scores.max(1, keepdims=True))
+    relative = jnp.exp(log_scores - jnp.where(jnp.isneginf(top), 0, top))
+    total = relative.sum(1, keepdims=True)
+    if normalize == "sum_stopgrad":
+        total = jax.lax.stop_gradient(total)
+    return relative / jnp.where(total == 0, 1, total)

@@ -9,11 +9,11 @@ from sparsejax.routing._choices import (
     check_count,
     check_option,
     check_scores,
+    largest,
     only_tokens,
     score_all,
 )
 from sparsejax.routing._routing import Routing
-from sparsejax.routing._top_k import largest
 
 
 def expert_choice(
@@ -73,14 +73,15 @@ def expert_choice(
     """
     logits = check_scores(logits, mask)
     num_tokens = logits.shape[0]
-    capacity = check_count("capacity", capacity, num_tokens, "tokens")
+    if num_tokens:  # of none every capacity takes none
+        capacity = check_count("capacity", capacity, num_tokens, "tokens")
     check_option("normalize", normalize, NORMALIZE)
     scores, log_scores, probs = score_all(logits, score)
 
     order = log_scores.T
     order = order if mask is None else jnp.where(mask, order, -jnp.inf)
-    best, indices = largest(order, capacity)
-    valid = best > -jnp.inf
+    best, indices = largest(order, min(capacity, num_tokens))
+    valid = best != -jnp.inf
     chosen = jnp.take_along_axis(log_scores.T, indices, axis=-1)
     if normalize == "none":
         weights = jnp.take_along_axis(scores.T, indices, axis=-1)

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Shaped
 
+from sparsejax.routing._choices import check_count, check_scores, jittered, largest
 from sparsejax.routing._routing import Routing
-from sparsejax.routing._top_k import check_logits, clean, jittered, largest
 
 
 def load_balance_loss(
@@ -61,7 +61,7 @@ def load_balance_loss(
     if counts is None:
         counts = asked(routing)
     elif counts.shape != (e,):
-        raise ValueError(f"counts must be [{e}], got {counts.shape}")
+        raise ValueError(f"counts: got shape {counts.shape}, needed ({e},)")
     if axis_name is not None:
         counts = jax.lax.psum(counts, axis_name)
     counts = jax.lax.stop_gradient(counts).astype(jnp.float32)
@@ -144,12 +144,10 @@ def load_loss(
       `Scaling Vision with Sparse Mixture of Experts
       <https://arxiv.org/abs/2106.05974>`_, 2021.
     """
-    check_logits(logits, mask)
-    if not 1 <= k <= logits.shape[1]:
-        raise ValueError(f"k must be in [1, {logits.shape[1]}], the experts, got {k}")
+    logits = check_scores(logits, mask)
+    k = check_count("k", k, logits.shape[1], "experts")
     if isinstance(jitter, float | int) and jitter <= 0:
-        raise ValueError(f"jitter must be positive, got {jitter}")
-    logits = clean(logits, mask)
+        raise ValueError(f"jitter: got {jitter}, needed a positive number")
     noisy = jittered(logits, jitter, key)
     _, indices = largest(noisy, k)
     threshold = jnp.take_along_axis(noisy, indices[:, -1:], 1)
@@ -184,9 +182,11 @@ def z_loss(
     References:
       Zoph et al., `ST-MoE <https://arxiv.org/abs/2202.08906>`_, 2022.
     """
-    check_logits(logits, mask)
-    z = jax.nn.logsumexp(clean(logits, mask), axis=1)
-    return _mean_over_tokens(z**2, mask)
+    logits = check_scores(logits, mask)
+    # A token that may go nowhere, all experts at -inf, has no denominator.
+    nowhere = jnp.isneginf(logits).all(1, keepdims=True)
+    z = jax.nn.logsumexp(jnp.where(nowhere, 0, logits), axis=1)
+    return _mean_over_tokens(jnp.where(nowhere[:, 0], 0, z**2), mask)
 
 
 def entropy(routing: Routing) -> Float[Array, ""]:

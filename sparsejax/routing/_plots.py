@@ -98,7 +98,8 @@ def plot_expert_load(loads: Any, *, rows: str = "layer") -> Any:
     axis.set_yticks(shown, [names[i] for i in shown])
     axis.tick_params(length=0)
     axis.spines[:].set_visible(False)
-    figure.colorbar(image, label="load / mean load", fraction=0.05, pad=0.1)
+    beside = 0.1 if few_rows else 0.02  # of the column of the largest loads
+    figure.colorbar(image, label="load / mean load", fraction=0.05, pad=beside)
     return figure
 
 

@@ -66,7 +66,7 @@ def relu(
         raise ValueError(f"epsilon: got {epsilon}, needed a positive number")
 
     active = jax.nn.relu(logits)
-    keep = logits > 0
+    keep = ~(logits <= 0)  # NaN is kept, to be seen in the output
     mean_square = jnp.mean(active * active, axis=-1, keepdims=True)
     weights = active * jax.lax.rsqrt(mean_square + epsilon)
     if scale is not None:

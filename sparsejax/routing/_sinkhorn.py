@@ -87,8 +87,10 @@ def sinkhorn(
     scores, log_scores, probs = score_all(logits, score)
 
     costs = jax.lax.stop_gradient(logits / temperature)
-    plan = log_sinkhorn(costs, iterations, mask=mask)
-    keep = only_tokens(logits > -jnp.inf, mask)
+    # A token of NaN must not reach the plan of the others, through sums over tokens.
+    sound = ~jnp.any(jnp.isnan(costs), axis=1)
+    plan = log_sinkhorn(costs, iterations, mask=sound if mask is None else sound & mask)
+    keep = only_tokens(logits != -jnp.inf, mask)
     indices, valid = choose(plan, keep, k)
     return Routing(
         indices=indices,
@@ -121,7 +123,8 @@ def log_sinkhorn(
         u = scaled(logits + v, axis=1)
         return u, scaled(logits + u, axis=0, where=among)
 
-    start = jnp.zeros_like(logits[:, :1]), jnp.zeros_like(logits[:1])
+    n, m = logits.shape
+    start = jnp.zeros((n, 1), jnp.float32), jnp.zeros((1, m), jnp.float32)
     u, v = jax.lax.fori_loop(0, iterations, improve, start)
     return logits + u + v
 

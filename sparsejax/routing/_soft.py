@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Shaped
 
-from sparsejax.routing._choices import check_scores, only_tokens
+from sparsejax.routing._choices import check_mask, check_scores, only_tokens
 
 
 class SoftRouting(NamedTuple):
@@ -31,6 +31,8 @@ def soft_logits(
     x: Shaped[Array, "..."],
     slots: Shaped[Array, "..."],
     scale: Shaped[Array, ""] | float = 1.0,
+    *,
+    mask: Shaped[Array, "..."] | None = None,
 ) -> Float[Array, "t e p"]:
     """Logits of Soft MoE: scaled cosines of tokens and slot parameters.
 
@@ -42,6 +44,8 @@ def soft_logits(
       x: Tokens ``[t, d]``; computed in float32.
       slots: Parameters ``[d, e, p]``, p slots for each of e experts.
       scale: Learnable scalar, 1 at first.
+      mask: True for tokens, False for padding, bool ``[t]``, whose x may be anything,
+        and whose logits are 0. None: all are tokens.
 
     Returns:
       Logits float32 ``[t, e, p]``.
@@ -63,8 +67,11 @@ def soft_logits(
         raise ValueError(f"x: got shape {x.shape}, needed [t, d]")
     if slots.ndim != 3 or slots.shape[0] != x.shape[1]:
         raise ValueError(f"slots: got {slots.shape}, needed [{x.shape[1]}, e, p]")
-    x, slots = _unit(x, axis=1), _unit(slots, axis=0)
-    return jnp.asarray(scale, jnp.float32) * jnp.einsum("td,dep->tep", x, slots)
+    check_mask(mask, x.shape[0])
+    x, slots = _unit(only_tokens(x, mask), axis=1), _unit(slots, axis=0)
+    return jnp.asarray(scale, jnp.float32) * jnp.einsum(
+        "td,dep->tep", x, slots, precision="highest"
+    )
 
 
 def soft(

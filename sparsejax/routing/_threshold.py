@@ -75,8 +75,8 @@ def threshold(
     least = check_share("threshold", threshold, shapes, zero=True)
     scores, log_scores, probs = score_all(logits, score)
 
-    there = logits > -jnp.inf
-    keep = (scores >= least) & there
+    there = logits != -jnp.inf
+    keep = ~(scores < least) & there  # NaN is kept, to be seen in the output
     if at_least_one:
         first = jnp.argmax(log_scores, axis=-1, keepdims=True)
         none = ~jnp.any(keep, axis=-1, keepdims=True)

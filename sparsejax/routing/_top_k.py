@@ -2,9 +2,21 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Shaped
+from jaxtyping import Array, Float, PRNGKeyArray, Shaped
 
 from sparsejax.routing import _capacity
+from sparsejax.routing._choices import (
+    NORMALIZE,
+    SCORE,
+    check_count,
+    check_option,
+    check_scores,
+    jittered,
+    largest,
+    only_tokens,
+    score_all,
+    weigh,
+)
 from sparsejax.routing._routing import Routing
 
 
@@ -91,25 +103,26 @@ def top_k(
       <https://arxiv.org/abs/1701.06538>`_, 2017. Groups, and bias: DeepSeek-AI,
       `DeepSeek-V3 <https://arxiv.org/abs/2412.19437>`_, 2024.
     """
-    check_logits(logits, mask)
+    logits = check_scores(logits, mask)
     experts = logits.shape[1]
-    _check_options(logits, k, score, normalize, bias, groups, groups_kept)
-    _check_capacity(capacity, capacity_policy)
-    logits = jittered(clean(logits, mask), jitter, key)
+    k = check_count("k", k, experts, "experts")
+    _check_options(experts, k, score, normalize, bias, groups, groups_kept)
+    if capacity is not None:
+        capacity = check_count("capacity", capacity)
+    check_option("capacity_policy", capacity_policy, ("position", "probability"))
+    logits = jittered(logits, jitter, key)
 
-    scores, log_scores, probs = _scores(logits, score)
+    one_score = "softmax" if score == "softmax_chosen" else score
+    scores, log_scores, probs = score_all(logits, one_score)
     # Logits order experts as their scores do, and do not saturate into ties.
     ranking = logits if bias is None else scores + bias.astype(jnp.float32)
     if groups_kept is not None and groups_kept < groups:
-        two_best = scores if bias is None else ranking
-        in_group = _in_best_groups(two_best, groups, groups_kept)
+        summed = log_scores if bias is None else ranking
+        in_group = _in_best_groups(summed, groups, groups_kept, bias is None)
         ranking = jnp.where(in_group, ranking, -jnp.inf)
     ranking = jnp.where(jnp.isneginf(logits), -jnp.inf, ranking)
     best, indices = largest(ranking, k)
-    chosen = ~jnp.isneginf(best)
-    if mask is not None:
-        chosen &= mask[:, None]
-        probs = jnp.where(mask[:, None], probs, 0)
+    chosen = only_tokens(~jnp.isneginf(best), mask)
 
     where_chosen = jnp.where(chosen, indices, experts)
     demand = jnp.zeros(experts, jnp.int32).at[where_chosen].add(1, mode="drop")
@@ -117,84 +130,27 @@ def top_k(
     if capacity is not None:
         valid = _within_capacity(where_chosen, capacity, capacity_policy, log_scores)
 
-    weights = _weights(
-        jnp.take_along_axis(scores, indices, 1),
-        jnp.take_along_axis(log_scores, indices, 1),
-        valid if renormalize else chosen,
-        "sum" if score == "softmax_chosen" else normalize,
-    )
+    summed = valid if renormalize else chosen
+    normalize = "sum" if score == "softmax_chosen" else normalize
+    weights = weigh(scores, log_scores, indices, summed, normalize)
     return Routing(
         indices=indices,
         weights=jnp.where(valid, weights, 0),
         valid=valid,
-        probs=probs,
+        probs=only_tokens(probs, mask),
         mask=mask,
         demand=demand,
     )
 
 
-def check_logits(logits: Array, mask: Array | None) -> None:
-    """Raises ValueError unless logits are floating [t, e] and the mask is [t]."""
-    if logits.ndim != 2 or 0 in logits.shape[1:]:
-        raise ValueError(f"logits must be [tokens, experts], got {logits.shape}")
-    if not jnp.issubdtype(logits.dtype, jnp.floating):
-        raise ValueError(f"logits must be floating, got {logits.dtype}")
-    if mask is not None and (mask.shape != logits.shape[:1] or mask.dtype != bool):
-        raise ValueError(
-            f"mask must be bool [{logits.shape[0]}], got {mask.dtype} {mask.shape}"
-        )
-
-
-def clean(
-    logits: Float[Array, "t e"], mask: Bool[Array, "t"] | None
-) -> Float[Array, "t e"]:
-    """Logits in float32; 0, without gradient, for padding tokens, NaN or not."""
-    logits = logits.astype(jnp.float32)
-    return logits if mask is None else jnp.where(mask[:, None], logits, 0)
-
-
-def jittered(
-    logits: Float[Array, "t e"],
-    jitter: float | Float[Array, ""],
-    key: PRNGKeyArray | None,
-) -> Float[Array, "t e"]:
-    """Adds normal noise of standard deviation `jitter`."""
-    if isinstance(jitter, float | int):
-        if jitter < 0:
-            raise ValueError(f"jitter must not be negative, got {jitter}")
-        if jitter == 0:
-            return logits
-    if key is None:
-        raise ValueError("jitter needs a key, got None")
-    noise = jax.random.normal(key, logits.shape, jnp.float32)
-    return logits + jnp.asarray(jitter, jnp.float32) * noise
-
-
-def largest(
-    values: Float[Array, "t n"], k: int
-) -> tuple[Float[Array, "t k"], Int[Array, "t k"]]:
-    """The k largest of each row and their indices, ties to the lowest index."""
-    values = jax.lax.stop_gradient(values)
-    # top_k may put 0 before -0, which are equal.
-    best, indices = jax.lax.top_k(jnp.where(values == 0, 0, values), k)
-    return best, indices
-
-
-def _scores(logits, score):
-    """The scores, their logarithms, and the scores as a distribution over experts."""
-    if score == "sigmoid":
-        log_scores = jax.nn.log_sigmoid(logits)
-        # A softmax of logarithms: no epsilon under which scores could hide.
-        return jax.nn.sigmoid(logits), log_scores, jax.nn.softmax(log_scores)
-    probs = jax.nn.softmax(logits)
-    return probs, jax.nn.log_softmax(logits), probs
-
-
-def _in_best_groups(scores, groups, kept):
+def _in_best_groups(scores, groups, kept, are_logs):
+    """Whether each expert is in one of a token's groups of largest sums of two."""
     t, e = scores.shape
     members = scores.reshape(t * groups, e // groups)
     two_best, _ = largest(members, min(2, e // groups))
-    _, best = largest(two_best.sum(1).reshape(t, groups), kept)
+    # Of logarithms the logarithm of the sum, which does not round to 0 everywhere.
+    sums = jax.nn.logsumexp(two_best, 1) if are_logs else two_best.sum(1)
+    _, best = largest(sums.reshape(t, groups), kept)
     group_of = jnp.arange(e, dtype=jnp.int32) // (e // groups)
     return (best[:, :, None] == group_of).any(1)
 
@@ -212,59 +168,23 @@ def _within_capacity(experts, capacity, policy, log_scores):
     return fits.reshape(k, t).T
 
 
-def _weights(scores, log_scores, counted, normalize):
-    """Weights of the places, given the scores there; only `counted` are summed."""
-    if normalize == "none":
-        return scores
-    log_scores = jnp.where(counted, log_scores, -jnp.inf)
-    top = jax.lax.stop_gradient(log_scores.max(1, keepdims=True))
-    relative = jnp.exp(log_scores - jnp.where(jnp.isneginf(top), 0, top))
-    total = relative.sum(1, keepdims=True)
-    if normalize == "sum_stopgrad":
-        total = jax.lax.stop_gradient(total)
-    return relative / jnp.where(total == 0, 1, total)
-
-
-def _check_options(logits, k, score, normalize, bias, groups, groups_kept):
-    experts = logits.shape[1]
-    if not 1 <= k <= experts:
-        raise ValueError(f"k must be in [1, {experts}], the experts, got {k}")
-    if score not in ("softmax", "softmax_chosen", "sigmoid"):
-        raise ValueError(
-            f"score must be 'softmax', 'softmax_chosen' or 'sigmoid', got {score!r}"
-        )
-    if normalize not in ("none", "sum", "sum_stopgrad"):
-        raise ValueError(
-            f"normalize must be 'none', 'sum' or 'sum_stopgrad', got {normalize!r}"
-        )
+def _check_options(experts, k, score, normalize, bias, groups, groups_kept):
+    check_option("score", score, (*SCORE, "softmax_chosen"))
+    check_option("normalize", normalize, NORMALIZE)
     if score == "softmax_chosen" and normalize == "sum_stopgrad":
         raise ValueError(
-            "normalize must not be 'sum_stopgrad' for score 'softmax_chosen', whose "
-            "sum is 1 already: take score 'softmax'"
+            "normalize: got 'sum_stopgrad' for score 'softmax_chosen', whose sum is 1 "
+            "already, needed 'none' or 'sum'; or take score 'softmax'"
         )
     if bias is not None and bias.shape != (experts,):
-        raise ValueError(f"bias must be [{experts}], got {bias.shape}")
-    if groups < 1 or experts % groups:
-        raise ValueError(f"groups must divide the {experts} experts, got {groups}")
+        raise ValueError(f"bias: got shape {bias.shape}, needed ({experts},)")
+    if check_count("groups", groups) > experts or experts % groups:
+        raise ValueError(f"groups: got {groups}, needed a divisor of {experts} experts")
     if groups_kept is None:
         return
-    if not 1 <= groups_kept <= groups:
-        raise ValueError(f"groups_kept must be in [1, {groups}], got {groups_kept}")
+    check_count("groups_kept", groups_kept, groups, "groups")
     if groups_kept * (experts // groups) < k:
         raise ValueError(
-            f"groups_kept must leave at least k={k} experts, got {groups_kept} groups "
-            f"of {experts // groups}"
-        )
-
-
-def _check_capacity(capacity, policy):
-    if policy not in ("position", "probability"):
-        raise ValueError(
-            f"capacity_policy must be 'position' or 'probability', got {policy!r}"
-        )
-    if capacity is None:
-        return
-    if not isinstance(capacity, int) or capacity < 1:
-        raise ValueError(
-            f"capacity must be a whole number of tokens, at least 1, got {capacity}"
+            f"groups_kept: got {groups_kept} groups of {experts // groups} experts, "
+            f"needed at least k={k} experts"
         )

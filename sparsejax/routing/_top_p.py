@@ -10,12 +10,12 @@ from sparsejax.routing._choices import (
     check_share,
     choose,
     count_demand,
+    largest,
     only_tokens,
     score_all,
     weigh,
 )
 from sparsejax.routing._routing import Routing
-from sparsejax.routing._top_k import largest
 
 
 def top_p(
@@ -78,7 +78,7 @@ def top_p(
     # A sum that rounds to 1 must not cut the tail that belongs to it.
     kept = (before < share) | (share >= 1)
     keep = jnp.take_along_axis(kept, jnp.argsort(order, axis=-1), axis=-1)
-    keep = only_tokens(keep & (logits > -jnp.inf), mask)
+    keep = only_tokens(keep & (logits != -jnp.inf), mask)
     indices, valid = choose(log_scores, keep, bound)
     return Routing(
         indices=indices,

@@ -86,7 +86,7 @@ def tree(
     bound = check_bound(max_k, num_experts)
     reached = _reached(nodes, (*leaves.shape[:2], num_experts - 1), gamma, mask)
 
-    some = reached > 0
+    some = reached != 0  # NaN as well, to be seen in the output
     terms = leaves + jnp.log(jnp.where(some, reached, 1))
     shares = jax.nn.softmax(terms, axis=(1, 2), where=some)
     if permutation is None:
@@ -103,13 +103,13 @@ def tree(
         # Sinkhorn's matrices are doubly stochastic only nearly.
         probs = probs / jnp.sum(probs, axis=-1, keepdims=True)
     probs = only_tokens(probs, mask)
-    keep = probs > 0
+    keep = probs != 0
     indices, valid = choose(probs, keep, bound)
     chosen = jnp.where(valid, jnp.take_along_axis(probs, indices, axis=-1), 0)
     total = jnp.sum(chosen, axis=-1, keepdims=True)
     return Routing(
         indices=indices,
-        weights=chosen / jnp.where(total > 0, total, 1),
+        weights=chosen / jnp.where(total == 0, 1, total),
         valid=valid,
         probs=probs,
         mask=mask,
@@ -264,7 +264,7 @@ def _reached(
         # Of an incomplete last level the nodes further right are leaves already.
         split, ended = jnp.split(reached, [z.shape[-1]], axis=-1)
         ways = jnp.stack([_smooth_step(z / gamma), _smooth_step(-z / gamma)], axis=-1)
-        ways = (split[..., None] * ways).reshape(*z.shape[:-1], -1)
+        ways = (split[..., None] * ways).reshape(*z.shape[:-1], 2 * z.shape[-1])
         reached = jnp.concatenate([ways, ended], axis=-1)
     return reached
 

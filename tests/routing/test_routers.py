@@ -10,13 +10,17 @@ import pytest
 from sparsejax import routing
 from sparsejax.routing import (
     dense_to_sparse,
+    entropy,
     expert_choice,
     hash_routing,
+    load_balance_loss,
     relu,
     sinkhorn,
     threshold,
+    top_k,
     top_p,
     tree,
+    z_loss,
 )
 
 T, E = 7, 5
@@ -208,6 +212,8 @@ VARIANTS = [
     for normalize in ("none", NORMALIZE.get(name))
     if normalize
 ]
+# One of each router in every run, all of them in .ci/run.
+QUICK = {(name, NORMALIZE.get(name, "none")) for name in CASES if " " not in name}
 
 
 def dense(result):
@@ -222,7 +228,10 @@ def as_distribution(s):
     return s / np.where(total > 0, total, 1)
 
 
-@pytest.mark.parametrize("name, normalize", VARIANTS)
+@pytest.mark.parametrize(
+    "name, normalize",
+    [v if v in QUICK else pytest.param(*v, marks=pytest.mark.slow) for v in VARIANTS],
+)
 def test_value_and_gradient_are_those_of_the_loop(name, normalize):
     router, oracle, options = CASES[name]
     rng = np.random.default_rng(VARIANTS.index((name, normalize)))
@@ -346,6 +355,7 @@ def test_ties_go_to_the_lowest_index(name):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["expert_choice", "sinkhorn", "threshold", "top_p"])
 def test_an_expert_at_minus_infinity_is_not_chosen(name):
     z = jnp.zeros((T, E)).at[:, 1].set(-jnp.inf)
@@ -353,6 +363,68 @@ def test_an_expert_at_minus_infinity_is_not_chosen(name):
     result, grad = jax.jit(lambda z: (ROUTERS[name](z), run(z)))(z)
     assert result.counts()[1] == 0 and result.counts().sum() > 0
     assert np.isfinite(grad).all() and np.isfinite(result.weights).all()
+
+
+EVERY = {**ROUTERS, "top_k": partial(top_k, k=2, normalize="sum")}
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_nan_shows_and_stays_with_its_token(name, key):
+    """A token of NaN that is routed nowhere would have an output of 0, unnoticed."""
+    router = jax.jit(EVERY[name])
+    z = jax.random.normal(key, (T, E))
+    spoilt = dense(router(z.at[1].set(jnp.nan)))
+    assert jnp.isnan(spoilt[1]).any()
+    others = jnp.arange(T) != 1
+    if name in ("expert_choice", "sinkhorn"):  # whose tokens are rivals
+        assert jnp.isfinite(spoilt[others]).all() and (spoilt[others] > 0).any()
+    else:
+        np.testing.assert_array_equal(spoilt[others], dense(router(z))[others])
+
+
+@pytest.mark.parametrize("name", [n for n in EVERY if n not in ("hash", "tree")])
+def test_a_token_with_nowhere_to_go(name, key):
+    """All its experts at -inf, such as those of another modality: zeros, not NaN."""
+    z = jax.random.normal(key, (T, E)).at[1].set(-jnp.inf)
+
+    @jax.jit
+    @partial(jax.value_and_grad, has_aux=True)
+    def run(z):
+        result = EVERY[name](z)
+        losses = load_balance_loss(result) + entropy(result) + z_loss(z)
+        return losses + jnp.sum(dense(result) ** 2), result
+
+    (value, result), grad = run(z)
+    assert jnp.isfinite(value) and jnp.isfinite(grad).all() and (grad[1] == 0).all()
+    assert (dense(result)[1] == 0).all() and (result.probs[1] == 0).all()
+    tokens, experts, _ = result.choices()
+    assert not ((tokens == 1) & (experts < E)).any()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [n for n in EVERY if n != "hash"])
+def test_no_tokens(name):
+    result = EVERY[name](jnp.zeros((0, E)))
+    assert result.probs.shape == (0, E) and result.counts().tolist() == [0] * E
+    assert load_balance_loss(result) == entropy(result) == 0
+
+
+@pytest.mark.slow
+def test_one_expert():
+    one = jnp.array([[2.0], [-1.0], [0.5]])
+    routers = {
+        "top_k": partial(top_k, k=1),
+        "expert_choice": partial(expert_choice, capacity=3),
+        "sinkhorn": partial(sinkhorn, k=1),
+        "threshold": partial(threshold, threshold=1.0),
+        "top_p": partial(top_p, p=0.1),
+        "dense_to_sparse": partial(dense_to_sparse, k=1, temperature=0.1),
+        "hash": lambda z: hash_routing(jnp.array([5, 6, 7]), 1, logits=z),
+        "tree": lambda z: tree(jnp.zeros((3, 2, 0)), z[:, None].repeat(2, 1)),
+    }
+    for name, router in routers.items():
+        assert dense(router(one)).tolist() == [[1.0]] * 3, name
+    assert (dense(relu(one))[:, 0] > 0).tolist() == [True, False, True]
 
 
 @pytest.mark.parametrize(
