@@ -1,16 +1,18 @@
 """The GPU's tests and benchmarks, in one command, on a machine with one Hopper GPU.
 
-    python benchmarks/device.py                      # all three parts
+    python benchmarks/device.py                      # all four parts
     python benchmarks/device.py --quick              # 90%, blocks of 128, fewer tests
     python benchmarks/device.py --parts sweep --minutes 9
     python benchmarks/device.py --interpret          # on a CPU: shows that it runs
 
 Parts: ``tests`` runs the GPU's tests with the kernels compiled, not simulated;
-``bench`` bench_block_sparse_matmul.py, ratios to cuBLAS; ``sweep`` every tile
-configuration worth trying, checked against float64 before it is timed. Each runs in
-processes of its own: a part that fails or kills its process does not stop the others, a
-configuration that does is noted and passed over. Needs jax, optax, jaxtyping, numpy and
-pytest; not that the package be installed.
+``bench`` bench_block_sparse_matmul.py, ratios to cuBLAS; ``experts`` the grouped
+kernels and those of a mixture of experts, at 1024 rows an expert, beside dense products
+of equal work; ``sweep`` every tile configuration of the block-sparse kernels. Kernels
+are checked against float64 before they are timed. Each part runs in processes of its
+own: one that fails or kills its process does not stop the others, a configuration that
+does is noted and passed over. Needs jax, optax, jaxtyping, numpy and pytest; not that
+the package be installed.
 
 Writes device.json (after every part) and sweep.jsonl (as it goes) into ``--out``, by
 default $OUT where that is set, else results/. The exit status is the number of parts
@@ -37,7 +39,9 @@ SHAPES = [(4096, 1024, 4096), (4096, 4096, 4096)]
 SPARSITIES = [0.9, 0.8, 0.95, 0.5]
 BLOCKS = [128, 64]
 # Shares of the time by which a part must have ended.
-UNTIL = {"tests": 0.4, "bench": 0.65, "sweep": 1.0}
+UNTIL = {"tests": 0.35, "bench": 0.55, "experts": 0.7, "sweep": 1.0}
+# (groups, mean rows of one, k, n) of grouped_matmul: few wide experts, and many.
+EXPERTS = [(8, 1024, 4096, 4096), (64, 1024, 2048, 768)]
 # What a test of the operators asserts of a CPU, of eight devices or of a TPU's kernels.
 NOT_HERE = (
     "mosaic_tpu", "mesh", "shard_map", "explain", "never_falls_back", "no_array",
@@ -66,7 +70,7 @@ def main():
         guarded(record, "environment", lambda: worker(args, "environment", 120))
         for part in args.parts:
             print(f"\n=== {part}", flush=True)
-            run = {"tests": run_tests, "bench": run_bench, "sweep": run_sweep}[part]
+            run = PARTS[part]
             guarded(record["parts"], part, lambda run=run: run(args))
             (args.out / "device.json").write_text(json.dumps(record, indent=2) + "\n")
     report(record)
@@ -146,7 +150,7 @@ def run_tests(args):
     here = " and ".join(f"not {word}" for word in NOT_HERE)
     # nm_matmul's kernel is compiled in its operator's tests; this one only simulates.
     runs = {"kernels": (kernels, "not simulated and not against_float64")}
-    for name in ("block_sparse_matmul", "nm_matmul"):
+    for name in ("block_sparse_matmul", "nm_matmul", "grouped_matmul", "moe_mlp"):
         file = ROOT / f"tests/ops/test_{name}.py"
         if file.exists():
             quick = "test_value_and_gradients and " if args.quick else ""
@@ -210,6 +214,21 @@ def run_bench(args):
     return {"ok": all(r["ok"] for r in results.values()), "runs": results}
 
 
+def run_experts(args):
+    shapes = EXPERTS[:1] if args.quick else EXPERTS
+    if args.interpret:
+        shapes = [(2, 40, 64, 128)]
+    results = {}
+    for shape in shapes:
+        job = dict(shape=shape, loads=["even"] if args.quick else ["even", "uneven"])
+        job["sweep"] = not (args.quick or args.interpret)
+        seconds = seconds_left(args, "experts")
+        results["x".join(map(str, shape))] = worker(args, "experts", seconds, **job)
+    rows = [row for run in results.values() for row in run.get("rows", [])]
+    right = all(row["result"] == "ok" and "wrong" not in row for row in rows)
+    return {"ok": right and all(r["ok"] for r in results.values()), "runs": results}
+
+
 def run_sweep(args):
     """Sweeps every case, starting again past whatever kills the process."""
     log = args.out / "sweep.jsonl"
@@ -241,6 +260,14 @@ def run_sweep(args):
     }
 
 
+PARTS = {
+    "tests": run_tests,
+    "bench": run_bench,
+    "experts": run_experts,
+    "sweep": run_sweep,
+}
+
+
 # --- What is printed ------------------------------------------------------------------
 
 
@@ -255,6 +282,10 @@ def report(record):
         for row in run.get("rows", []):
             ratio = next(v for k, v in row.items() if k.startswith("ratio_to"))
             print(f"{name}: {row['what']}, {row['case']}: {ratio:.3f}")
+    for run in record["parts"].get("experts", {}).get("runs", {}).values():
+        for row in run.get("rows", []):
+            ratio = f"{row['ratio_to_dense']:.3f}" if "us" in row else row["result"]
+            print(f"{row['case']}: {ratio}")
     rows = record["parts"].get("sweep", {}).get("rows", [])
     if not rows:
         return

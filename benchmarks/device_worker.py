@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import _harness
 import bench_block_sparse_matmul as bench
+import device_experts
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -32,7 +33,8 @@ def main():
     what, job = sys.argv[1], json.loads(sys.argv[2])
     if job["commit"] or not shutil.which("git"):
         _harness._commit = lambda: job["commit"] or "unknown"
-    run = {"environment": environment, "bench": run_bench, "sweep": run_sweep}[what]
+    jobs = {"environment": environment, "bench": run_bench, "sweep": run_sweep}
+    run = {**jobs, "experts": device_experts.run}[what]
     pathlib.Path(job["out"]).write_text(json.dumps(run(job)))
 
 

@@ -1,15 +1,19 @@
 """Parts of benchmarks/device.py that need no GPU."""
 
+import dataclasses
 import math
 import pathlib
 import sys
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from pallas_kernels.block_sparse_matmul import _spec
 
 sys.path.append(str(pathlib.Path(__file__).parents[1] / "benchmarks"))
 import device  # noqa: E402
+import device_experts  # noqa: E402
 import device_worker  # noqa: E402
 
 
@@ -31,6 +35,39 @@ def test_candidates_fit_the_chip(op, block):
         assert 2 <= config.stages <= (227 * 1024 - 1024 - out) // stage
         assert block % config.tile_k == 0 or op == "sdd"
         assert config.warpgroups == 2 or config.cluster == 1
+
+
+def test_sizes_of_groups():
+    np.testing.assert_array_equal(device_experts.group_sizes("even", 4, 10), [10] * 4)
+    sizes = device_experts.group_sizes("uneven", 8, 1024)
+    assert sizes.sum() == 8192 and sizes.min() >= 0 and len(set(sizes)) == 8
+
+
+@pytest.mark.parametrize("op", device_experts.OPS)
+def test_what_the_experts_kernels_are_checked_against(op):
+    """Twice XLA's own error is allowed, and one row of another expert's is more."""
+    operands = device_experts.Operands((3, 16, 64, 128), "uneven", op)
+    right = operands.by_group(jnp.bfloat16)
+    error, allowed = operands.error(right)
+    assert 0 < error < allowed
+    error, allowed = operands.error(jnp.roll(right, 1, axis=0))
+    assert error > 10 * allowed
+    # The dense product of equal work: one matrix, of which every row's has the shape.
+    fn, args = operands.dense()
+    assert fn(*args).shape == right.shape[-2:]
+
+
+def test_candidates_of_the_experts_kernels_need_no_more_memory():
+    for op in device_experts.OPS:
+        default, *others = device_experts.candidates(
+            device_experts.Operands((2, 256, 64, 128), "even", op).config()
+        )
+        assert default not in others and len(set(others)) == len(others) >= 4
+        for config in others:
+            for field in dataclasses.fields(config):
+                if field.name != "group":
+                    ours, most = (getattr(c, field.name) for c in (config, default))
+                    assert ours <= most
 
 
 def test_what_killed_a_process_is_not_tried_again():

@@ -46,6 +46,9 @@ from pallas_kernels.grouped_matmul.mosaic_gpu import (
 from pallas_kernels.moe_mlp._activation import check_activation, inlined
 from pallas_kernels.moe_mlp._spec import Config
 
+# jax 0.10 wants an index beside the reference, later ones do not take it.
+_WHOLE = (...,) if jax.__version_info__ < (0, 11) else ()
+
 
 def hidden(
     x: jax.Array,
@@ -75,13 +78,11 @@ def hidden(
     """
     weights = (w_in,) if w_gate is None else (w_gate, w_in)
     check_activation(activation)
-    activation = inlined(activation)
+    act = inlined(activation)
 
     def end(results, row):
         del row
-        if w_gate is None:
-            return activation(results[0])
-        return activation(results[0]) * results[1]
+        return act(results[0]) if w_gate is None else act(results[0]) * results[1]
 
     name = "moe_hidden" + ("" if w_gate is None else "_gated")
     return _rows(x[tokens], weights, (), sizes, end, name, config, interpret)
@@ -115,8 +116,8 @@ def down(
     def end(results, row, weights_gmem):
         [result] = results
         gates = plgpu.load(
-            weights_gmem,
-            pl.ds(row, result.shape[0]),
+            weights_gmem.at[pl.ds(row, result.shape[0])],
+            *_WHOLE,
             layout=plgpu.Layout.WGMMA.reduce(1),
             optimized=False,
         )
