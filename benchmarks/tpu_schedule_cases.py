@@ -17,12 +17,19 @@ import numpy as np
 from jax import numpy as jnp
 
 from pallas_kernels.block_sparse_matmul import _spec, mosaic_tpu
+from pallas_kernels.grouped_matmul import _spec as grouped_spec
+from pallas_kernels.grouped_matmul import mosaic_tpu as grouped_tpu
 from sparsejax.layouts import BlockLayout
 
 # Tiles are those of this chip; the tool that compiles is told the same name.
 CHIP = os.environ.get("SPARSEJAX_CHIP", "v5e")
 
 OPS = {"forward": "dsd", "dx": "dsd_transposed", "dw": "sdd"}
+GROUPED_OPS = {
+    "forward": "grouped",
+    "dx": "grouped_transposed",
+    "dw": "grouped_sampled",
+}
 
 
 def block_sparse_matmul(
@@ -78,6 +85,41 @@ def block_sparse_matmul(
     return title, fn, args, {"flops": flops, "trips": {2: trips}}
 
 
+def grouped_matmul(name, m, k, n, groups, dtype="bfloat16", out_dtype=None, chip=CHIP):
+    """One case of ``grouped_matmul``, groups of equal size: forward, dx or dw.
+
+    A grid step is a visit of a group to a tile of rows; the loop inside takes the
+    group's rows there by windows.
+    """
+    op = GROUPED_OPS[name]
+    out_dtype = out_dtype or dtype
+    problem = grouped_spec.Problem(op, m, k, n, groups, dtype, out_dtype)
+    grouped_spec.check_mosaic_tpu(problem, chip)
+    config = grouped_spec.config_mosaic_tpu(problem, chip)
+    visits, windows = 0, 0
+    for start in range(0, m, m // groups):
+        end = start + m // groups
+        for low in range(start - start % config.tile_m, end, config.tile_m):
+            # Windows begin at whole registers of 16 rows.
+            first, last = max(start - low, 0), min(end - low, config.tile_m)
+            visits += 1
+            windows += math.ceil((last - first // 16 * 16) / config.rows)
+    steps = visits * math.ceil(k / config.tile_k) * math.ceil(n / config.tile_n)
+    s = jax.ShapeDtypeStruct
+    x, y, w = s((m, k), dtype), s((m, n), dtype), s((groups, k, n), dtype)
+    if op == "grouped_sampled":
+        out = jnp.dtype(out_dtype)
+        fn = functools.partial(grouped_tpu.sampled, dtype=out, config=config)
+        args = (x, y)
+    else:
+        transpose = op == "grouped_transposed"
+        fn = functools.partial(grouped_tpu.product, transpose=transpose, config=config)
+        args = (y if transpose else x, w)
+    title = f"grouped {name} {dtype} {out_dtype} m={m} {k}x{n} E={groups}"
+    work = {"flops": 2 * m * k * n / steps, "trips": {2: windows / visits}}
+    return title, fn, (*args, s((groups,), jnp.int32)), work
+
+
 def cases():
     square = (4096, 4096)
     for name in OPS:
@@ -89,3 +131,8 @@ def cases():
         yield block_sparse_matmul(name, 4096, square, (128, 128), 0.5)
         yield block_sparse_matmul(name, 8192, (1024, 4096), (128, 128), 0.1)
         yield block_sparse_matmul(name, 4096, square, (128, 128), 0.1, "float32")
+    for name in GROUPED_OPS:
+        for dtype in ("bfloat16", "float32"):
+            yield grouped_matmul(name, 8192, 4096, 4096, 8, dtype)
+        yield grouped_matmul(name, 8192, 2048, 1408, 64)
+    yield grouped_matmul("dw", 8192, 4096, 4096, 8, out_dtype="float32")

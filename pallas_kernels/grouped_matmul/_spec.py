@@ -82,6 +82,8 @@ TPU_WIDE = ("v6e", "tpu7x")
 # Bytes of SMEM that the lists of one call may take.
 TPU_SMEM = 900 * 2**10
 _TPU_LANES = 128
+# A longer contraction goes by parts: the compiler unrolls it, and spills.
+TPU_WHOLE = 8192
 # What the compiler keeps in VMEM beside the buffers asked for: spills, constants.
 TPU_SLACK = 2 * 2**20
 
@@ -152,13 +154,14 @@ def _tiles_mosaic_tpu(problem: Problem, cores: int):
             yield min(tile_m, rows), part_tpu(k, side, cores), part_tpu(n, side)
         return
     inner, outer = (n, k) if problem.op == "grouped_transposed" else (k, n)
-    whole = [(inner, *pair) for pair in ((512, 1024), (512, 512), (256, 512))]
+    most = min(inner, TPU_WHOLE)
+    whole = [(most, *pair) for pair in ((512, 1024), (512, 512), (256, 512))]
     parts = [
         (2048, 512, 1024), (2048, 512, 512), (1024, 512, 512), (512, 256, 512),
         (512, 256, 256), (256, 128, 128),
     ]  # fmt: skip
-    for most, tile_m, wide in (*whole, (inner, 128, 512), *parts):
-        tile_in, tile_out = part_tpu(inner, most), part_tpu(outer, wide, cores)
+    for side, tile_m, wide in (*whole, (most, 128, 512), *parts):
+        tile_in, tile_out = part_tpu(inner, side), part_tpu(outer, wide, cores)
         sides = (tile_in, tile_out)
         if problem.op == "grouped_transposed":
             sides = (tile_out, tile_in)

@@ -146,7 +146,7 @@ def config_mosaic_tpu(problem: Problem, chip: str | None) -> Config:
 
 def _tiles_mosaic_tpu(inner: int):
     """(most of the contraction, tile_m, wide), the best first."""
-    for most in (inner, 4096, 2048, 1024):
+    for most in (grouped.TPU_WHOLE, 4096, 2048, 1024):
         for tile_m, wide in ((512, 1024), (512, 512), (256, 512)):
             yield min(most, inner), tile_m, wide
     for tile_m in (128, 64, 32, 16):

@@ -70,9 +70,10 @@ def test_sizes_that_do_not_divide(m, k, n, groups, chip, dtype, op):
 
 
 @pytest.mark.parametrize("op", NAMES)
-@pytest.mark.parametrize("chip", ["v4", "v5e"])
-def test_long_contraction(chip, op):
-    check(chip, op, 4096, 14336, 14336, 8, "float32")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("chip", _tpu.TOPOLOGIES)
+def test_long_contraction(chip, op, dtype):
+    check(chip, op, 4096, 14336, 14336, 8, dtype)
 
 
 def test_float32_master_gradient():

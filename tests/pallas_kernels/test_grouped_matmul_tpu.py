@@ -87,8 +87,14 @@ CASES = {
 
 
 @pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_against_float64(case, op):
+def test_uneven_groups(op):
+    Case(*CASES["uneven"]).check(op)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("case", list(CASES.values())[1:], ids=list(CASES)[1:])
+def test_more_groups(case, op):
     Case(*case).check(op)
 
 
@@ -116,6 +122,7 @@ def test_master_gradient_is_float32():
     Case(40, 130, 60, [7, 20]).check("grouped_sampled", "float32", tile_m=16, rows=16)
 
 
+@pytest.mark.slow
 def test_other_rows_do_not_reach_a_group():
     """A group's NaN stays its own, also within one register and one window."""
     case = Case(40, 130, 60, [5, 6, 20])
