@@ -198,7 +198,10 @@ def _gradients_bwd(static, operands, cotangents):
     problem = _problem("moe_mlp", static, x, ws, tokens)
 
     def gradients(x, ws, w_out, weights, dy):
-        layer = lambda *args: composed(product, problem, *args, tokens, experts)
+        def layer(x, ws, w_out, weights):
+            choices = weights, tokens, experts
+            return composed(product, problem, x, ws, w_out, *choices)
+
         return jax.vjp(layer, x, ws, w_out, weights)[1](dy)
 
     *ds, ddy = jax.vjp(gradients, x, ws, w_out, weights, dy)[1](cotangents)

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.grouped_matmul import _spec as grouped_spec
+from pallas_kernels.moe_mlp import _spec as moe_spec
 from sparsejax._dispatch import Implementation
 from sparsejax.ops import _moe_mlp_xla
 from sparsejax.ops._checks import accumulator
@@ -183,8 +184,51 @@ def _products(name, chip, interpret):
     return lambda rows, w, sizes: product(Static(name, rows.dtype), rows, w, sizes)
 
 
+def _fused(name, problem, chip):
+    """The backend's kernels of this very layer, or None where they do not serve it."""
+    if name == "mosaic_tpu":
+        return None
+    from pallas_kernels.moe_mlp import _activation, mosaic_gpu
+
+    try:
+        for half in _halves(problem):
+            moe_spec.check_mosaic_gpu(half, chip)
+        _activation.check_activation(problem.activation)
+    except NotImplementedError:
+        return None
+    return mosaic_gpu, moe_spec.config_mosaic_gpu
+
+
+def _halves(problem):
+    """The layer up to its hidden width, and from there on."""
+    names = "tokens", "choices", "d", "f", "experts", "dtype"
+    same = {name: getattr(problem, name) for name in names}
+    up = "moe_hidden_gated" if problem.gated else "moe_hidden"
+    return moe_spec.Problem(up, **same), moe_spec.Problem("moe_down", **same)
+
+
 def _run_kernel(name, problem, chip, interpret, *operands):
-    return composed(_products(name, chip, interpret), problem, *operands)
+    fused = _fused(name, problem, chip)
+    if fused is None:
+        return composed(_products(name, chip, interpret), problem, *operands)
+    (kernels, config), (up, down) = fused, _halves(problem)
+    how = lambda half: dict(config=config(half, chip), interpret=interpret)
+    x, ws, w_out, weights, tokens, experts = operands
+    choices = by_expert(tokens, experts, weights, problem.experts)
+    order, sorted_tokens, part, sizes = choices
+    *gate, w_in = (w.astype(x.dtype) for w in ws)
+    h = kernels.hidden(
+        x,
+        w_in,
+        gate[0] if gate else None,
+        sorted_tokens,
+        sizes,
+        activation=problem.activation,
+        **how(up),
+    )
+    part = part.astype(jnp.float32)
+    y = kernels.down(h, w_out.astype(x.dtype), order, part, sizes, **how(down))
+    return _collect(problem, y.astype(jnp.float32), tokens).astype(x.dtype)
 
 
 def _run_gradients_kernel(name, problem, chip, interpret, *operands):
