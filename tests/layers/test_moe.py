@@ -222,6 +222,9 @@ def test_soft_moe():
     np.testing.assert_array_equal(aux.counts, [5, 5, 5])
     np.testing.assert_allclose(aux.load_balance, 1.0, rtol=1e-6)
     assert aux.metrics.dropped == 0 and aux.metrics.unserved == 0
+    shares = scores.reshape(-1, E, 2).sum(axis=2) / scores.sum(axis=1, keepdims=True)
+    entropy = -np.sum(shares * np.log(shares), axis=1).mean()
+    np.testing.assert_allclose(aux.metrics.entropy, entropy, rtol=1e-4)
     named = dataclasses.replace(spec, implementation="mosaic_tpu")
     with pytest.raises(NotImplementedError, match="implementation: got 'mosaic_tpu'"):
         layers.apply_moe(named, params, x, mask=jnp.asarray(MASK))
@@ -268,7 +271,12 @@ def test_balance_moves_the_choice_and_neither_weights_nor_gradients():
     np.testing.assert_allclose(y, [[7.310586, 0.0], [0.0, 9.003321]], rtol=1e-5)
     # f = (1/2, 1/2): whatever P is, the loss is 1.
     np.testing.assert_allclose(aux.load_balance, 1.0, rtol=1e-6)
-    gradient = jax.grad(lambda balance: apply(balance)[0].sum())(balance)
+
+    # Nor by a router that would let it pass.
+    through = lambda logits, bias: routing.top_k(logits + bias, 1)
+    spec, _ = by_hand(balance=True, router=through)
+    y_of = lambda balance: layers.apply_moe(spec, params, x, balance=balance)[0]
+    gradient = jax.grad(lambda balance: y_of(balance).sum())(balance)
     np.testing.assert_array_equal(gradient, [0.0, 0.0])
 
 
