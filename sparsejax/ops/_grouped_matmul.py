@@ -164,8 +164,8 @@ def transposed_grouped_matmul_reference(
 
 def _members(sizes, m):
     """Which rows are of group g, bool [g, m]."""
-    ends = jnp.cumsum(sizes)[:, None]
-    return (jnp.arange(m) < ends) & (jnp.arange(m) >= ends - sizes[:, None])
+    row, ends = jnp.arange(m, dtype=sizes.dtype), jnp.cumsum(sizes, dtype=sizes.dtype)
+    return (row < ends[:, None]) & (row >= (ends - sizes)[:, None])
 
 
 # --- Operands -------------------------------------------------------------------------

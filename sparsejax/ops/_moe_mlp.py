@@ -129,8 +129,9 @@ def moe_mlp_reference(
     z = product("etf,efd->etd", h.astype(dtype), w_out)
     tokens, experts, weights = routing.choices()
     z = z.at[experts, tokens].get(mode="fill", fill_value=0)
-    z = jnp.where(experts[:, None] < routing.num_experts, z * weights[:, None], 0)
-    return jnp.zeros(x.shape, wide).at[tokens].add(z.astype(wide)).astype(dtype)
+    z = z * weights.astype(wide)[:, None]
+    z = jnp.where(experts[:, None] < routing.num_experts, z, 0)
+    return jnp.zeros(x.shape, wide).at[tokens].add(z).astype(dtype)
 
 
 def _check(x, routing, w_in, w_out, gates):

@@ -87,7 +87,7 @@ def composed(
     )
     rows = _permuted(_spread(problem, x, tokens), order, back)
     # Choices of no expert are last, their weights never looked at.
-    valid = jnp.arange(order.size) < sizes.sum()
+    valid = jnp.arange(order.size, dtype=jnp.int32) < sizes.sum(dtype=jnp.int32)
     part = jnp.where(valid, _permuted(weights, order, back), 0).astype(wide)[:, None]
     pre = [product(rows, w, sizes).astype(wide) for w in ws]
     # Weighted here, so that no gradient needs the last product's result.
@@ -186,16 +186,21 @@ def _products(name, chip, interpret):
 
 def _fused(name, problem, chip):
     """The backend's kernels of this very layer, or None where they do not serve it."""
-    if name == "mosaic_tpu":
-        return None
-    from pallas_kernels.moe_mlp import _activation, mosaic_gpu
+    from pallas_kernels.moe_mlp import _activation
 
     try:
         for half in _halves(problem):
-            moe_spec.check_mosaic_gpu(half, chip)
-        _activation.check_activation(problem.activation)
+            getattr(moe_spec, f"check_{name}")(half, chip)
+        if name == "mosaic_gpu":
+            _activation.check_activation(problem.activation)
     except NotImplementedError:
         return None
+    if name == "mosaic_tpu":
+        from pallas_kernels.moe_mlp import mosaic_tpu
+
+        return mosaic_tpu, moe_spec.config_mosaic_tpu
+    from pallas_kernels.moe_mlp import mosaic_gpu
+
     return mosaic_gpu, moe_spec.config_mosaic_gpu
 
 
@@ -242,6 +247,8 @@ def _run_gradients_kernel(name, problem, chip, interpret, *operands):
 
 
 def _note_kernel(problem):
+    if problem.op == "moe_mlp":
+        return "gather, products, activation and gate in two kernels"
     return "grouped products; rows are gathered before and combined after them"
 
 
