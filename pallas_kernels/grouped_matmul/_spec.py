@@ -211,7 +211,8 @@ def vmem_mosaic_tpu(problem: Problem, config: Config) -> int:
         inner, side_in, side_out = problem.n, tile_n, tile_k
     total = 2 * item * (tile_m * both + matrix) + 2 * 4 * rows * side_out
     if inner > side_in:
-        total += 4 * tile_m * side_out
+        # Sums, and those of a window as they were.
+        total += 4 * (tile_m + rows) * side_out
     if inner % side_in:
         # The operands with what lies outside their arrays cut off.
         total += item * (matrix + rows * side_in)
