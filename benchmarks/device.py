@@ -45,7 +45,7 @@ EXPERTS = [(8, 1024, 4096, 4096), (64, 1024, 2048, 768)]
 # What a test of the operators asserts of a CPU, of eight devices or of a TPU's kernels.
 NOT_HERE = (
     "mosaic_tpu", "mesh", "shard_map", "explain", "never_falls_back", "no_array",
-    "one_dense_product",
+    "one_dense_product", "memory",
 )  # fmt: skip
 
 

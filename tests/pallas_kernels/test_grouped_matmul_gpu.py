@@ -151,7 +151,7 @@ CASES = {
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("op", OPS)
-def test_against_float64(op, name, interpret):
+def test_every_product(op, name, interpret):
     CASES[name].check(op, interpret)
 
 
