@@ -60,6 +60,7 @@ def make_plan(source: dict[str, Any], target: dict[str, Any], spec: Spec) -> Pla
     kept: dict[str, tuple[str, Move | None]] = {}
     for move in spec.moves:
         for old, new in _moved(move, source):
+            _check_stack(old, source[old], move.axis, move.layers)
             if new in target and new not in given:
                 claims.setdefault(new, []).append(old)
                 kept[new] = (old, move)
@@ -191,6 +192,8 @@ def _check_layer(layer, source, spec):
                 + ("two axes and that of layers" if stacked else "[in, out]")
                 + f" (axis of {layer.ffn.source} is {layer.ffn.axis})"
             )
+        if stacked:
+            _check_stack(name, leaf, layer.ffn.axis, layer.ffn.layers)
         kernels[role] = _one(leaf, layer.ffn.axis) if stacked else leaf
     d, f = kernels["w_in"].shape
     for role, leaf in kernels.items():
@@ -225,6 +228,19 @@ def _check_layer(layer, source, spec):
     wrong = _modes.fit(spec.mode, kernels, like)
     if wrong is not None:
         raise ValueError(f"{layer.name}: got {wrong}")
+
+
+def _check_stack(name, leaf, axis, layers):
+    """Raises unless there are such layers: jax would take the last in silence."""
+    if layers is None:
+        return
+    size = leaf.shape[axis] if axis < len(leaf.shape) else 0
+    one = isinstance(layers, int)
+    if not (-size <= layers < size if one else range(size)[layers]):
+        raise ValueError(
+            f"layers: got {layers} of {name} {leaf.shape}, which has {size} on axis "
+            f"{axis}, needed some of them"
+        )
 
 
 def taken(x: Any, move: Move | None) -> Any:

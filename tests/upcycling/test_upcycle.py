@@ -741,6 +741,66 @@ def test_specs_are_checked_when_made(make, message):
         make()
 
 
+@pytest.mark.parametrize("layers", [2, -3, slice(5, None)], ids=str)
+def test_layers_that_a_stack_has_not_are_refused(layers):
+    stack = {"mlp": {"up": jnp.ones((2, 3, 4)), "down": jnp.ones((2, 4, 3))}}
+    target = {"mlp": shaped(router=(3, 2), w_in=(2, 3, 4), w_out=(2, 4, 3))}
+    ffn = Ffn(source="mlp", w_in="up", w_out="down", axis=0, layers=layers)
+    with pytest.raises(ValueError, match="layers: .* mlp/up .*has 2 on axis 0"):
+        run(stack, target=target, ffns=[ffn])
+    move = Move(source="scale", target="new", axis=1, layers=0)
+    with pytest.raises(ValueError, match=r"layers: got 0 of scale \(2,\), which has 0"):
+        run(target={**target_of(), **shaped(new=(2,))}, moves=[move])
+
+
+def ids(**more):
+    return functools.partial(routing.hash_routing, num_experts=2, **more)
+
+
+@pytest.mark.parametrize(
+    ("router", "reason"),
+    [
+        (functools.partial(routing.top_p, p=0.6, normalize="sum"), None),
+        (functools.partial(routing.top_p, p=0.6), "gates do not sum to 1"),
+        (
+            functools.partial(routing.threshold, threshold=0.6, normalize="sum"),
+            "a token that reaches no threshold has no expert",
+        ),
+        (
+            functools.partial(
+                routing.threshold, threshold=0.6, normalize="sum", at_least_one=True
+            ),
+            None,
+        ),
+        (functools.partial(routing.sinkhorn, k=2, normalize="sum"), None),
+        (functools.partial(routing.sinkhorn, k=2, score="sigmoid"), "gates do not"),
+        (
+            functools.partial(
+                functools.partial(routing.dense_to_sparse, k=1, temperature=2.0),
+                normalize="sum_stopgrad",
+            ),
+            None,
+        ),
+        (ids(), None),
+        (ids(table=jnp.array([0, 1])), "an id that is not in the table"),
+        (
+            functools.partial(routing.expert_choice, capacity=1, normalize="sum"),
+            "of this router it is not known",
+        ),
+        (lambda logits: ROUTER(logits), "of this router it is not known"),
+        (None, "of this router it is not known"),
+    ],
+)
+def test_the_report_knows_routers(router, reason):
+    """What it says of them is measured in test_modules.py."""
+    report = run(router=router).report
+    assert report.exact == (reason is None)
+    assert reason is None or reason in report.reasons[0]
+    # Beside the dense layer anything is exact.
+    shared = target_of(shared_in=(2, 4), shared_out=(4, 2))
+    assert run(target=shared, mode=Shared(), router=router).report.exact
+
+
 def test_what_is_left_over_is_said_and_not_exact():
     params = dense_of() | {"mlp": dense_of()["mlp"] | {"bias": jnp.ones(4)}}
     _, _, report = run(params)
