@@ -112,9 +112,15 @@ class Display:
         )
         validation = record.get("validation_bits_per_byte")
         if validation is not None and not self.console.is_terminal:
+            experts = ""
+            if "load" in record:
+                experts = (
+                    f", busiest expert {busiest(record['load']):.2f}x the mean, "
+                    f"{record['dropped']:.1%} dropped"
+                )
             self.console.print(
                 f"{run.name} step {run.step}/{run.config.steps}: {loss:.3f} bits/byte, "
-                f"validation {validation:.3f}, {speed:,.0f} tokens/s"
+                f"validation {validation:.3f}, {speed:,.0f} tokens/s{experts}"
             )
 
 
@@ -209,6 +215,12 @@ def idle_parameters(config: Any) -> int:
     return config.layers * (config.experts - config.experts_per_token) * expert
 
 
+def busiest(load: Any) -> float:
+    """Load of the busiest expert over the mean of its layer's; of (layers, E)."""
+    load = np.asarray(load)
+    return float((load.max(axis=1) / load.mean(axis=1)).max())
+
+
 def flops_per_token(run: Any) -> int:
     """Of a train step: forward, and backward at twice that.
 
@@ -229,6 +241,12 @@ def summarize(run: Any) -> dict[str, Any]:
     topology_steps = [s for r in records for s in r["topology_step_seconds"]]
     topology_step = statistics.median(topology_steps or [0.0])
     amortized = step + topology_step / config.every
+    experts = {}
+    if config.ffn == "moe" and records:
+        experts = {
+            "busiest_expert": busiest(records[-1]["load"]),
+            "dropped": records[-1]["dropped"],
+        }
     return {
         "name": run.name,
         "ffn": config.ffn,
@@ -245,6 +263,7 @@ def summarize(run: Any) -> dict[str, Any]:
         "compile_seconds": run.compile_seconds,
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
+        **experts,
     }
 
 
@@ -258,6 +277,9 @@ def make_table(rows: Sequence[dict[str, Any]]) -> rich.table.Table:
     def add(label: str, show: str, key: str, scale: float = 1, ratio: bool = True):
         cells = []
         for row in rows:
+            if key not in row:
+                cells.append("")
+                continue
             cell = show.format(row[key] * scale)
             if ratio and row is not rows[0]:
                 cell += f" ({row[key] / rows[0][key]:.2f}x)"
@@ -273,6 +295,9 @@ def make_table(rows: Sequence[dict[str, Any]]) -> rich.table.Table:
     add("  topology step alone, ms", "{:.1f}", "topology_step_seconds", 1e3, False)
     add("tokens per second", "{:,.0f}", "tokens_per_second")
     add("compiling, s", "{:.1f}", "compile_seconds", ratio=False)
+    if any("dropped" in row for row in rows):
+        add("busiest expert over the mean", "{:.2f}", "busiest_expert", ratio=False)
+        add("choices dropped", "{:.1%}", "dropped", ratio=False)
     return table
 
 

@@ -97,7 +97,15 @@ class Mlp(nnx.Module):
 class MoeMlp(nnx.Module):
     """The same, of which each token takes ``experts_per_token`` of many."""
 
-    def __init__(self, config: Any, implementation: str | None, *, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        config: Any,
+        implementation: str | None,
+        *,
+        balance: bool = False,  # by a bias, nnx.Balance
+        capacity: int | None = None,  # choices that an expert serves; None: all
+        rngs: nnx.Rngs,
+    ):
         self.moe = sparsejax.nnx.MoE(
             config.width,
             config.expert_width or config.ffn_width,
@@ -108,8 +116,10 @@ class MoeMlp(nnx.Module):
                 sparsejax.routing.top_k,
                 k=config.experts_per_token,
                 normalize="sum_stopgrad",
+                capacity=capacity,
             ),
             activation=squared_relu,
+            balance=balance,
             dtype=jnp.dtype(config.dtype),
             implementation=implementation,
             rngs=rngs,
@@ -123,13 +133,15 @@ class MoeMlp(nnx.Module):
 class Block(nnx.Module):
     """Pre-norm attention, then pre-norm feed-forward."""
 
-    def __init__(self, config: Any, implementation: str | None, *, rngs: nnx.Rngs):
+    def __init__(
+        self, config: Any, implementation: str | None, *, rngs: nnx.Rngs, **moe: Any
+    ):
         d = config.width
         self.norm1 = RMSNorm(d)
         self.attention = Attention(config, rngs=rngs)
         self.norm2 = RMSNorm(d)
         kind = MoeMlp if config.ffn == "moe" else Mlp
-        self.mlp = kind(config, implementation, rngs=rngs)
+        self.mlp = kind(config, implementation, rngs=rngs, **moe)
 
     def __call__(self, x):
         """(B, T, d) -> (B, T, d), and a MoEAux or None."""
@@ -139,13 +151,15 @@ class Block(nnx.Module):
 
 
 class Transformer(nnx.Module):
-    """Bytes in, logits over the next byte out."""
+    """Bytes in, logits over the next byte out; ``moe`` is what MoeMlp takes besides."""
 
-    def __init__(self, config: Any, implementation: str | None, *, rngs: nnx.Rngs):
+    def __init__(
+        self, config: Any, implementation: str | None, *, rngs: nnx.Rngs, **moe: Any
+    ):
         d, dtype = config.width, jnp.dtype(config.dtype)
         self.remat = config.remat
         self.embed = nnx.Embed(_data.VOCABULARY, d, dtype=dtype, rngs=rngs)
-        make_block = lambda rngs: Block(config, implementation, rngs=rngs)
+        make_block = lambda rngs: Block(config, implementation, rngs=rngs, **moe)
         if config.scan:  # one block whose variables have a leading axis of layers
             self.blocks = nnx.vmap(make_block)(rngs.split(config.layers))
         else:

@@ -1,4 +1,4 @@
-"""Pretrains a byte-level language model whose feed-forward layers are sparse.
+r"""Pretrains a byte-level language model whose feed-forward layers are sparse.
 
 A decoder-only transformer on real text (by default the Python standard library's own
 sources, nothing to download). The feed-forward weights are dense, masked, or stored as
@@ -26,8 +26,9 @@ few. The commands, from the repository's root:
 Two programs train a block-sparse model, each compiled once: the train step, in which no
 array has the shape of a sparse layer's weight, and, every ``--every`` steps, the
 topology step, which drops the blocks of smallest norm and grows those whose gradient
-has the largest. What keeps experts busy is a load-balance loss, and a z-loss of the
-router. Writes ``loss.png``, ``topology.png`` or ``load.png``, ``<run>.jsonl`` and
+has the largest. What keeps experts busy is a load-balance loss and a bias that each
+step moves by the experts' loads; what keeps the router's logits small is a z-loss.
+Writes ``loss.png``, ``topology.png`` or ``load.png``, ``<run>.jsonl`` and
 ``summary.json`` to ``--out``, and prints a table.
 """
 
@@ -77,7 +78,11 @@ UPDATERS = {
 FITS = dict.fromkeys(
     ("sparsity", "updater"), ("masked", "block_sparse")
 ) | dict.fromkeys(
-    ("experts", "experts_per_token", "expert_width", "load_balance", "z_loss"), ("moe",)
+    (
+        *("experts", "experts_per_token", "expert_width", "capacity_factor"),
+        *("load_balance", "balance_rate", "z_loss"),
+    ),
+    ("moe",),
 )
 
 
@@ -94,8 +99,10 @@ class Config:
     experts: int = 8  # E
     experts_per_token: int = 2  # k
     expert_width: int = 0  # 0: ffn_width
+    capacity_factor: float = 0.0  # of an even share; 0: experts serve all who ask
     load_balance: float = 1e-2  # weight of that loss, the mean over layers
-    z_loss: float = 1e-3  # likewise
+    balance_rate: float = 1e-3  # step of the experts' bias; 0: there is none
+    z_loss: float = 1e-3  # weight of that loss, likewise
     layers: int = 2
     width: int = 512  # d
     heads: int = 8  # H
@@ -169,7 +176,8 @@ def check(config: Config) -> None:
     k = config.experts_per_token
     most = f"1 to {config.experts}, --experts"
     need(1 <= k <= config.experts, "experts-per-token", k, most)
-    for flag in ("expert_width", "load_balance", "z_loss"):
+    fits = ("expert_width", "capacity_factor", "load_balance", "balance_rate", "z_loss")
+    for flag in fits:
         got = getattr(config, flag)
         need(got >= 0, flag.replace("_", "-"), got, "at least 0")
     need(0 < config.fraction <= 1, "fraction", config.fraction, "above 0, at most 1")
@@ -196,6 +204,7 @@ class State(NamedTuple):
 
     params: nnx.State
     layouts: nnx.State  # of block-sparse layers; empty else
+    balance: nnx.State  # of experts, their bias; empty else
     opt_state: optax.OptState  # of masked layers, with the masks
     key: jax.Array
     step: jax.Array  # int32 []
@@ -205,7 +214,8 @@ class Losses(NamedTuple):
     """What a step tells of its batch."""
 
     loss: jax.Array  # cross-entropy, in nats
-    load: jax.Array | None = None  # int32 (layers, E): tokens at each expert
+    load: jax.Array | None = None  # int32 (layers, E): tokens that ask for each expert
+    dropped: jax.Array | None = None  # share of choices beyond the experts' capacity
 
 
 class Programs(NamedTuple):
@@ -278,25 +288,38 @@ def build(config: Config, mesh: Mesh, *, implementation: str | None = None) -> P
         )
     optimizer = make_optimizer(config)
 
+    moe = {}
+    if config.ffn == "moe":
+        moe["balance"] = config.balance_rate > 0
+    if config.ffn == "moe" and config.capacity_factor:
+        moe["capacity"] = sj.routing.capacity(
+            config.batch // mesh.size * config.length,  # tokens of a device
+            config.experts,
+            config.experts_per_token,
+            config.capacity_factor,
+        )
+
     # -- the model as pure functions of its state
 
     def make_model(key):
         model = _transformer.Transformer(
-            config, implementation, rngs=nnx.Rngs(params=key)
+            config, implementation, rngs=nnx.Rngs(params=key), **moe
         )
-        return nnx.split(model, nnx.Param, sj.nnx.Layout, sj.nnx.GrowthProbe)
+        return nnx.split(
+            model, nnx.Param, sj.nnx.Layout, sj.nnx.Balance, sj.nnx.GrowthProbe
+        )
 
     def init(key):
         model_key, key = jax.random.split(key)
-        _, params, layouts, _ = make_model(model_key)
+        _, params, layouts, balance, _ = make_model(model_key)
         with jax.numpy_dtype_promotion("standard"):  # optax mixes dtypes
             opt_state = optimizer.init(params)
         if config.ffn == "masked":
             masks = sj.transforms.get_masks(opt_state)
             params = sj.masks.apply_masks(params, masks)
-        return State(params, layouts, opt_state, key, jnp.int32(0))
+        return State(params, layouts, balance, opt_state, key, jnp.int32(0))
 
-    graphdef, _, _, probes = nnx.eval_shape(make_model, jax.random.key(0))
+    graphdef, *_, probes = nnx.eval_shape(make_model, jax.random.key(0))
     zeros = lambda: jax.tree.map(lambda p: jnp.zeros(p.shape, p.dtype), probes)
 
     # -- where its arrays live
@@ -335,13 +358,13 @@ def build(config: Config, mesh: Mesh, *, implementation: str | None = None) -> P
     # -- the programs
 
     def on_devices(f, out_specs):
-        """Runs f(params, layouts, probes, batch) on each device's share."""
-        specs = (param_specs, everywhere, everywhere, by_sequence)
+        """Runs f(params, layouts, balance, probes, batch) on each device's share."""
+        specs = (param_specs, everywhere, everywhere, everywhere, by_sequence)
         return jax.shard_map(f, mesh=mesh, in_specs=specs, out_specs=out_specs)
 
-    def losses_of(params, layouts, probes, batch):
+    def losses_of(params, layouts, balance, probes, batch):
         """Means over all devices, so that gradients are those of the whole batch."""
-        model = nnx.merge(graphdef, gather(params), layouts, probes)
+        model = nnx.merge(graphdef, gather(params), layouts, balance, probes)
         tokens = batch.astype(jnp.int32)
         logits, experts = model(tokens[:, :-1])  # (B / devices, T, 256)
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
@@ -350,23 +373,41 @@ def build(config: Config, mesh: Mesh, *, implementation: str | None = None) -> P
             return loss, Losses(loss)
         # Loads are of the whole batch: a device's own sequences need not be balanced.
         of_batch = functools.partial(sj.routing.load_balance_loss, axis_name=axes)
-        balance = jax.lax.pmean(jax.vmap(of_batch)(experts.routing).mean(), axes)
+        uneven = jax.lax.pmean(jax.vmap(of_batch)(experts.routing).mean(), axes)
         z = jax.lax.pmean(experts.z.mean(), axes)
-        trained = loss + config.load_balance * balance + config.z_loss * z
-        return trained, Losses(loss, jax.lax.psum(experts.counts, axes))
+        trained = loss + config.load_balance * uneven + config.z_loss * z
+        load = jax.lax.psum(experts.counts, axes)
+        dropped = jax.lax.pmean(experts.metrics.dropped.mean(), axes)
+        return trained, Losses(loss, load, dropped)
+
+    def rebalance(balance, load):
+        """The next bias of each layer, by what its experts were asked for."""
+
+        def moved(path, bias):
+            update = functools.partial(sj.routing.update_bias, rate=config.balance_rate)
+            if bias.ndim == 2:  # of stacked layers
+                return jax.vmap(update)(bias, load)
+            return update(bias, load[path[1].key])  # blocks, layer, ...
+
+        return jax.tree.map_with_path(moved, balance)
 
     def train_step(state, batch):
         TRACES["train_step"] += 1
         gradient_of = jax.grad(losses_of, has_aux=True)
         gradient, losses = on_devices(gradient_of, (param_specs, everywhere))(
-            state.params, state.layouts, zeros(), batch
+            state.params, state.layouts, state.balance, zeros(), batch
         )
         with jax.numpy_dtype_promotion("standard"):
             updates, opt_state = optimizer.update(
                 gradient, state.opt_state, state.params
             )
             params = optax.apply_updates(state.params, updates)
-        state = state._replace(params=params, opt_state=opt_state, step=state.step + 1)
+        state = state._replace(
+            params=params,
+            balance=rebalance(state.balance, losses.load),
+            opt_state=opt_state,
+            step=state.step + 1,
+        )
         return state, losses
 
     def topology_step(state, batch):
@@ -375,9 +416,9 @@ def build(config: Config, mesh: Mesh, *, implementation: str | None = None) -> P
         if config.updater == "rigl":
             # A probe's gradient is the norm of each block of the dense gradient, of
             # its sum over the devices.
-            score = jax.grad(losses_of, argnums=2, has_aux=True)
+            score = jax.grad(losses_of, argnums=3, has_aux=True)
             scores, _ = on_devices(score, everywhere)(
-                state.params, state.layouts, zeros(), batch
+                state.params, state.layouts, state.balance, zeros(), batch
             )
         else:  # sparse evolutionary training grows at random
             leaves, tree = jax.tree.flatten(probes)
@@ -397,12 +438,12 @@ def build(config: Config, mesh: Mesh, *, implementation: str | None = None) -> P
             scores,
             fraction=fraction,
         )
-        return State(params, layouts, opt_state, key, state.step)
+        return State(params, layouts, state.balance, opt_state, key, state.step)
 
     def evaluate(state, batch):
         TRACES["evaluate"] += 1
         _, losses = on_devices(losses_of, everywhere)(
-            state.params, state.layouts, zeros(), batch
+            state.params, state.layouts, state.balance, zeros(), batch
         )
         return losses
 
@@ -544,6 +585,7 @@ def train(run: Run, text: _data.Text, args) -> Iterator[int]:
         }
         if config.ffn == "moe":
             record["load"] = np.mean([each.load for each in losses], axis=0).tolist()
+            record["dropped"] = float(np.mean([each.dropped for each in losses]))
         if not math.isfinite(loss):
             raise FloatingPointError(
                 f"--learning-rate: got {config.learning_rate}, with which the loss of "
@@ -600,7 +642,19 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--experts", type=int, help="of --ffn moe, in each layer (8)")
     add("--experts-per-token", type=int, help="of them that each token uses (2)")
     add("--expert-width", type=int, help="hidden features of each (--ffn-width)")
+    add(
+        "--capacity-factor",
+        type=float,
+        help="how many times an even share of the tokens an expert serves; choices "
+        "beyond it are dropped (0: it serves all)",
+    )
     add("--load-balance", type=float, help="weight of the load-balance loss (0.01)")
+    add(
+        "--balance-rate",
+        type=float,
+        help="step by which each train step moves the bias that balances experts "
+        "(0.001); 0: none",
+    )
     add("--z-loss", type=float, help="weight of the loss on router logits (0.001)")
     add("--layers", type=int, help="transformer blocks")
     add("--width", type=int, help="features between the layers")

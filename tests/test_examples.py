@@ -8,6 +8,7 @@ import os
 import pathlib
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -63,6 +64,10 @@ def run(text, tmp_path):
         ("--ffn", "masked", "--updater", "rigl"),
         ("--ffn", "block_sparse", "--updater", "set"),
         ("--ffn", "block_sparse", "--dtype", "bfloat16", "--scan", "--remat"),
+        pytest.param(
+            ("--ffn", "moe", "--dtype", "bfloat16", "--scan", "--remat", "--experts=4"),
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=lambda flags: "-".join(flags[1:4:2]),
 )
@@ -74,9 +79,11 @@ def test_five_steps(run, tmp_path, flags):
     assert [json.loads(line)["step"] for line in lines] == [2, 4, 5]
     (row,) = json.loads((out / "summary.json").read_text())
     assert row["validation_bits_per_byte"] == one.validation
-    assert row["density"] == pytest.approx(1 if "dense" in flags else 0.1, abs=1e-3)
+    density = {"dense": 1, "moe": 0.5}.get(flags[1], 0.1)
+    assert row["density"] == pytest.approx(density, abs=1e-3)
     assert (out / "loss.png").stat().st_size > 10_000
-    assert (out / "topology.png").exists() == ("dense" not in flags)
+    assert (out / "topology.png").exists() == (flags[1] not in ("dense", "moe"))
+    assert (out / "load.png").exists() == (flags[1] == "moe")
 
 
 @pytest.mark.parametrize("updater", pretrain_lm.UPDATERS["masked"])
@@ -120,6 +127,69 @@ def test_side_by_side_compiles_once_and_moves_blocks(run, capsys):
     assert flops[0] - flops[1] == 6 * (weights - weights // 10)
     # Both saw the same bytes in the same order.
     assert dense.batches.get_state() == sparse.batches.get_state()
+
+
+@pytest.mark.slow
+def test_experts_go_on_from_a_checkpoint_with_their_bias(run, tmp_path, capsys):
+    """Stopped at 4 of 8 steps: what follows is that of a run which was not."""
+    flags = "--ffn moe --experts 4 --capacity-factor 1 --balance-rate 0.01 --steps 8"
+    flags = [*flags.split(), "--layers", 2, "--checkpoint-every", 4]
+    (whole,) = run(*flags, "--checkpoint-dir", tmp_path / "whole")
+    (newest,) = (tmp_path / "whole" / "moe").glob("8")
+    shutil.rmtree(newest)  # as if it had been killed before
+    (resumed,) = run(*flags, "--checkpoint-dir", tmp_path / "whole", "--resume")
+    data = lambda state: jax.tree.map(
+        np.asarray, state._replace(key=jax.random.key_data(state.key))
+    )
+    chex.assert_trees_all_equal(data(resumed.state), data(whole.state))
+    biases = jax.tree.leaves(resumed.state.balance)
+    # Eight steps of 0.01, centred, for each layer.
+    assert [bias.shape for bias in biases] == [(4,), (4,)]
+    assert all(0.005 < np.abs(bias).max() < 0.081 for bias in biases)
+
+    for record in resumed.log.records:  # 3 * 20 tokens, two experts each
+        assert np.sum(record["load"], axis=1).tolist() == pytest.approx([120, 120])
+        # An expert serves 30: the rest is turned away.
+        assert 0 < record["dropped"] < 0.75
+    row = pretrain_lm._report.summarize(resumed)
+    assert row["dropped"] == resumed.log.records[-1]["dropped"]
+    # Each layer: two of four experts, of 2 d f weights, are idle for a token.
+    idle = 2 * 2 * 2 * WIDTH * FFN_WIDTH
+    assert pretrain_lm._report.idle_parameters(resumed.config) == idle
+    shown = capsys.readouterr().out
+    assert "x the mean" in shown and "choices dropped" in shown
+
+
+@pytest.mark.slow
+def test_experts_on_a_mesh_compute_the_same():
+    """The balance is of the whole batch, not of a device's share of it."""
+    batch = np.random.default_rng(0).integers(0, 256, (4, 21)).astype(np.uint8)
+
+    def steps(mesh, **changes):
+        config = small_config(
+            **{"ffn": "moe", "updater": "none", "batch": 4, "layers": 2, **changes}
+        )
+        programs = pretrain_lm.build(config, pretrain_lm.make_mesh(mesh))
+        state = programs.init(jax.random.key(0))
+        state, losses = programs.train_step(state, batch)
+        return jax.tree.leaves(state.balance), losses
+
+    (one, one_losses), (many, many_losses) = map(steps, ("data=1", "data=2,fsdp=2"))
+    np.testing.assert_allclose(one_losses.loss, many_losses.loss, rtol=1e-5)
+    np.testing.assert_array_equal(one_losses.load, many_losses.load)
+    assert one_losses.load.sum(axis=1).tolist() == [160, 160]
+    # u sign(mean - load), centred: layer by layer.
+    for layer, (bias, its_bias) in enumerate(zip(one, many, strict=True)):
+        step = np.sign(20 - np.asarray(one_losses.load)[layer])
+        np.testing.assert_allclose(bias, 1e-3 * (step - step.mean()), atol=1e-7)
+        np.testing.assert_array_equal(bias, its_bias)
+    (stacked,), losses = steps("data=1", scan=True)
+    step = np.sign(20 - np.asarray(losses.load))
+    want = 1e-3 * (step - step.mean(axis=1, keepdims=True))
+    np.testing.assert_allclose(stacked, want, atol=1e-7)
+    config = small_config(ffn="moe", updater="none", balance_rate=0.0)
+    programs = pretrain_lm.build(config, pretrain_lm.make_mesh("data=1"))
+    assert not jax.tree.leaves(programs.state.balance)
 
 
 def small_config(**changes):
@@ -259,6 +329,17 @@ def test_checkpoints_of_another_run_are_refused_and_kept(run, text, tmp_path):
         ("--steps 0", "--steps: got 0, needed at least 1"),
         ("--log-every 0", "--log-every: got 0, needed at least 1"),
         ("--resume", "--resume: got no --checkpoint-dir"),
+        (
+            "--ffn moe --experts 4 --experts-per-token 5",
+            "--experts-per-token: got 5, needed 1 to 4, --experts",
+        ),
+        ("--ffn moe --experts 0", "--experts: got 0, needed at least 1"),
+        (
+            "--ffn moe --capacity-factor -1",
+            "--capacity-factor: got -1.0, needed at least 0",
+        ),
+        ("--ffn moe --sparsity 0.5", "--sparsity: got 0.5, needed --ffn masked or"),
+        ("--ffn dense --experts 4", "--experts: got 4, needed --ffn moe"),
     ],
 )
 def test_bad_flags_are_named_before_anything_is_written(run, tmp_path, flags, message):
