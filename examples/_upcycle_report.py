@@ -252,6 +252,7 @@ def plot_curves(rows: Sequence[Row], config: Any, path: pathlib.Path) -> None:
     figure, axes = plt.subplots(
         1, 2, figsize=(11, 4.4), sharey=True, layout="constrained"
     )
+    ends = config.extra_steps, config.extra_steps * config.flops_per_step("moe") / 1e12
     means = {}
     for arm in NAMES:
         logs = [row.records for row in rows if row.arm == arm]
@@ -261,14 +262,17 @@ def plot_curves(rows: Sequence[Row], config: Any, path: pathlib.Path) -> None:
         steps -= config.steps if arm == "dense" else 0  # it ends where others begin
         ffn = "dense" if arm in ("dense", "continued") else "moe"
         flops = steps * config.flops_per_step(ffn) / 1e12
-        for axis, x in zip(axes, (steps, flops), strict=True):
-            axis.plot(x, losses.T, color=COLORS[arm], alpha=0.3, linewidth=0.8)
-            axis.plot(x, means[arm], color=COLORS[arm], linewidth=2, label=NAMES[arm])
+        for axis, x, end in zip(axes, (steps, flops), ends, strict=True):
+            shown = x < 1.001 * end  # equal FLOPs are whole steps
+            x, lines, mean = x[shown], losses.T[shown], means[arm][shown]
+            axis.plot(x, lines, color=COLORS[arm], alpha=0.35, linewidth=0.8)
+            axis.plot(
+                x, mean, color=COLORS[arm], linewidth=2, label=NAMES[arm], zorder=3
+            )
     # From scratch begins at 8 bits: what matters is near where the dense model is.
     begin, low = means["dense"][-1], min(mean.min() for mean in means.values())
     high = max(means["scratch"][-1], begin) + (begin - low)
     axes[0].set_ylim(low - 0.15 * (high - low), high + 0.1 * (high - low))
-    ends = config.extra_steps, config.extra_steps * config.flops_per_step("moe") / 1e12
     for axis, end in zip(axes, ends, strict=True):
         for x in (0, end):
             axis.axvline(x, color="0.5", linewidth=0.8, linestyle=":")
