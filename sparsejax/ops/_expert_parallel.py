@@ -39,14 +39,15 @@ def expert_parallel_moe_mlp(
     Each of the p devices of the axis holds tokens of its own, with their routing to all
     e experts, and e / p of the experts: device i those from i * e / p on. The result
     for a token is that of ``moe_mlp`` with all experts. ``exchange`` says what travels;
-    c = t k are a device's choices:
+    c = t k are a device's choices, and numbers are those that a device sends forward
+    (of them 1 / p to itself); derivatives send as many again:
 
     ``"all_to_all"``
         A row for each choice to its expert and back, in buffers of equal size for each
         peer: 2 c d ``capacity_factor`` numbers per device. Runs everywhere.
     ``"ragged_all_to_all"``
         The same rows in segments of their true sizes: 2 c d numbers however large the
-        receiver's buffer. TPU and GPU; refused on a CPU.
+        receiver's buffer. TPU and GPU; refused on a CPU. First choice there.
     ``"gather_tokens"``
         All tokens to all devices; each computes what its experts give, and the results
         are reduce-scattered: 2 p t d numbers, nothing that could overflow. For small
@@ -268,6 +269,7 @@ def _check(x, routing, weights, p):
             raise ValueError(
                 f"{name}: got shape {w.shape} on each of {p} devices, needed "
                 f"[{e} / {p}, ..., ...]: the routing has {e} experts"
+                + (f", which {p} devices cannot share equally" if e % p else "")
             )
 
 

@@ -224,6 +224,17 @@ def test_equals_one_device(exchange, name):
     assert dropped == 0
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("exchange", EXCHANGES)
+def test_every_token_to_every_expert(exchange):
+    rng = np.random.default_rng(6)
+    routing = routed(np.stack([rng.permutation(E) for _ in range(T)]))
+    got, load, dropped, _ = parallel(exchange)(arrays()[0], routing, *arrays()[1:])
+    check(got, routing)
+    np.testing.assert_array_equal(load, [T] * E)
+    assert dropped == 0
+
+
 # --- Overflow -------------------------------------------------------------------------
 
 BOUNDED = {
@@ -495,6 +506,11 @@ def test_ragged_exchange_is_refused_on_a_cpu(monkeypatch):
         (
             dict(max_experts=0, exchange="gather_experts"),
             "max_experts: got 0 .* needed 1 to 2",
+        ),
+        (
+            dict(routing=routed(distinct(range(6)), e=6)),
+            r"w_in: got shape \(2, 8, 6\) on each of 4 devices, needed .* 6 experts, "
+            "which 4 devices cannot share equally",
         ),
         (
             dict(w_in=jnp.ones((4, D, F))),
