@@ -111,7 +111,9 @@ def test_equals_a_loop_over_tokens(case, dtype, mask):
     assert_close(y, loop(params, x, mask), low)
 
 
-@pytest.mark.parametrize("case", ["plain", "gated shared"])
+@pytest.mark.parametrize(
+    "case", [pytest.param("plain", marks=pytest.mark.slow), "gated shared"]
+)
 def test_gradients_equal_differences_of_the_loop(case):
     spec, params, x = make(**CASES[case])
     cotangent = np.random.default_rng(2).normal(size=(T, D))
@@ -295,7 +297,9 @@ def test_losses_metrics_and_counts_are_returned():
     np.testing.assert_array_equal(aux.routing.valid, [[1], [1], [1], [0]])
 
 
-@pytest.mark.parametrize("case", ["gated", "shared"])
+@pytest.mark.parametrize(
+    "case", [pytest.param("gated", marks=pytest.mark.slow), "shared"]
+)
 def test_padding_has_no_influence_even_if_nan(case):
     """Peers route padding, or guess it from rows of zeros."""
     # This activation is 1 at 0: shared experts would give padding a value.
@@ -390,7 +394,7 @@ def test_the_router_is_float32_in_earnest():
 @pytest.mark.parametrize(
     ("k", "case"),
     [
-        (2, "plain"),
+        pytest.param(2, "plain", marks=pytest.mark.slow),
         (4, "gated shared"),
         *(
             pytest.param(k, case, marks=pytest.mark.slow)
@@ -435,6 +439,7 @@ def test_gain():
     assert abs(std(router=TOP2, gain=3.0) / 0.3 - 1) < 0.02
 
 
+@pytest.mark.slow
 def test_scan_over_layers_with_remat_equals_a_loop_and_is_traced_once():
     spec, _, x = make(gated=True, shared_experts=1, balance=True)
     init = lambda key: layers.init_moe(key, spec)

@@ -217,6 +217,7 @@ def test_a_training_step_moves_the_bias_by_counts_and_not_by_the_optimizer():
     assert np.abs(bias).max() > 0.01
 
 
+@pytest.mark.slow
 def test_written_and_read_back(tmp_path):
     linen = sj.linen.MoE(D, F, **FULL)
     variables = linen.init(jax.random.key(0), X)
