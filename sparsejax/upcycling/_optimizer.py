@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from sparsejax.masks._paths import path_name
 from sparsejax.upcycling import _names
 from sparsejax.upcycling._modes import Copy
 from sparsejax.upcycling._plan import Layer, Plan, check_leaves, place, taken
@@ -63,6 +64,9 @@ def convert_state(
                 "opt_state: got a state that is not of the spec's optimizer, needed "
                 f"leaves {_paths(needed)}, got {_paths(opt_state)}"
             )
+        # In optax's containers, whatever nnx.Optimizer or a file has made of them.
+        tree = jax.tree.structure(needed)
+        opt_state = jax.tree.unflatten(tree, jax.tree.leaves(opt_state))
         old, _ = _with_slots(dense, opt_state)
         new, tree = _with_slots(moe, wanted)
     if old.keys() != new.keys():
@@ -149,7 +153,10 @@ def _path(path):
 
 
 def _paths(tree):
-    return [_path(path) for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0]]
+    """Names as of parameters: variables and arrays, tuples and lists are the same."""
+    return [
+        path_name(path) for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0]
+    ]
 
 
 def _factors(where, moments, full, power, wanted, plan, spec):

@@ -55,7 +55,8 @@ def upcycle(params: Any, opt_state: Any = None, *, spec: Spec, key: Array) -> Up
 
     Args:
       params: Parameters of the dense model.
-      opt_state: State of ``spec.optimizer`` for them; None: none is made.
+      opt_state: State of ``spec.optimizer`` for them, also as ``nnx.Optimizer`` holds
+        it; None: none is made.
       spec: What to make.
       key: For the routers' kernels, and the modes that draw.
 

@@ -254,21 +254,20 @@ CASE = {
 
 @pytest.mark.slow
 @given(**CASE)
-@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@settings(max_examples=25, deadline=None, derandomize=True, database=None)
 def test_exact_is_what_is_measured_with_modules(**case):
     check(**case)
 
 
 @pytest.mark.parametrize(
-    ("mode", "normalize", "where", "exact"),
+    ("mode", "normalize", "where"),
     [
-        (upcycling.Granular(2), "sum_stopgrad", {"linen": True, "scanned": True}, True),
-        (upcycling.Shared(), "none", {"linen": False, "scanned": True}, True),
-        (upcycling.Copy(), "none", {"linen": False, "scanned": False}, False),
+        (upcycling.Granular(2), "sum_stopgrad", {"linen": True, "scanned": True}),
+        (upcycling.Shared(), "none", {"linen": False, "scanned": True}),
     ],
-    ids=["granular", "shared", "copy"],
+    ids=["granular", "shared"],
 )
-def test_a_few_of_them(mode, normalize, where, exact):
+def test_a_few_of_them(mode, normalize, where):
     router = functools.partial(routing.top_k, k=2, normalize=normalize)
     report, error = upcycle(mode, router, gated=True, balance=True, **where)
-    assert report.exact == exact == (error < 1e-5), (report, error)
+    assert report.exact and error < 1e-5, (report, error)

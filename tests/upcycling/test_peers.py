@@ -107,11 +107,13 @@ def test_the_constant_scale_of_gates_that_do_not_sum_to_1_needs_a_uniform_router
     assert not report.exact and zero < 1e-5
 
 
+@pytest.mark.slow
 def test_olmoes_gates_do_not_sum_to_1():
     report, wrong = error(Copy(), functools.partial(routing.top_k, k=2))
     assert not report.exact and "normalize='none'" in str(report) and wrong > 0.1
 
 
+@pytest.mark.slow
 def test_pesc_adapters_that_are_not_zero():
     report, wrong = error(Adapters(up=0.1), NORMALIZED)
     assert not report.exact and wrong > 1e-3
@@ -120,6 +122,7 @@ def test_pesc_adapters_that_are_not_zero():
     assert set(report.frozen) == {f"mlp/shared_{w}" for w in ("in", "gate", "out")}
 
 
+@pytest.mark.slow
 def test_capacity_drops_tokens_in_silence():
     router = functools.partial(NORMALIZED, capacity=3, renormalize=False)
     report, wrong = error(Copy(), router, tokens=T)
@@ -139,6 +142,7 @@ def test_normalized_gates_starve_the_router(normalize):
     assert bool(report.warnings) == (not fed)
 
 
+@pytest.mark.slow
 def test_gates_in_bfloat16_do_not_sum_to_1():
     """Half of the pairs of bfloat16 gates are off by 2^-9: here weights are float32."""
     made = upcycled(Copy(), NORMALIZED, jnp.bfloat16, router_std=0.5).params["mlp"]

@@ -92,7 +92,9 @@ class NnxNet(nnx.Module):
 
 
 @pytest.mark.parametrize(
-    ("pure", "gated"), [(False, True), (True, False)], ids=["state", "pure dict"]
+    ("pure", "gated"),
+    [pytest.param(False, True, marks=pytest.mark.slow), (True, False)],
+    ids=["state", "pure dict"],
 )
 def test_nnx_every_second_layer(gated, pure):
     dense = NnxNet([0, 0, 0, 0], gated, nnx.Rngs(0))
@@ -202,6 +204,7 @@ def test_linen_scanned_or_not(axis):
         assert (w_in[3, 2] == up[:, 2]).all() and (w_in[3, 2] != w_in[3, 1]).any()
 
 
+@SLOW
 def test_every_second_of_scanned_layers():
     """[4, ...] of one block -> [2, ...] of pairs."""
     dense = LinenNet(functools.partial(LinenBlock, False), 4, 0)
@@ -429,8 +432,9 @@ OPTIMIZERS = {
     "apply_if_finite": optax.apply_if_finite(optax.adam(1e-3), 3),
 }
 QUICK = [
-    *[("masked", "zeros"), ("inject_hyperparams", "rescale"), ("MultiSteps", "copy")],
-    *[("nothing", "copy")],
+    ("inject_hyperparams", "rescale"),
+    ("MultiSteps", "copy"),
+    ("nothing", "copy"),
 ]
 
 
@@ -575,6 +579,25 @@ def test_nnx_states_with_other_variables_than_parameters():
     made, new, _ = run(params, state, target=shapes, ffns=[ffn], **arguments)
     assert jax.tree.structure(new) == jax.tree.structure(optimizer.init(made))
     assert (new[0].mu.block.mlp.w_in[...] == 1 / 4).all()
+
+
+@pytest.mark.parametrize("pure", [False, True], ids=["variables", "pure"])
+def test_the_state_that_nnx_optimizer_holds(pure):
+    block, adam = NnxBlock(False, False, nnx.Rngs(0)), optax.adam(1e-3)
+    held = nnx.Optimizer(block, adam, wrt=nnx.Param).opt_state
+    held = nnx.as_pure(held) if pure else held
+    held = jax.tree.map(lambda x: x + jnp.ones_like(x), held)
+    target = nnx.eval_shape(lambda: nnx.state(NnxBlock(True, False, nnx.Rngs(0))))
+    made, new, _ = run(
+        nnx.state(block),
+        held,
+        target=target,
+        ffns=[Ffn(source="mlp", w_in="up/kernel", w_out="down/kernel")],
+        optimizer=adam,
+        opt_state="copy",
+    )
+    assert jax.tree.structure(new) == jax.tree.structure(adam.init(made))
+    assert (new[0].nu.mlp.w_out[...] == 1).all() and new[0].count == 1
 
 
 def test_containers_and_leaves_of_all_kinds():
@@ -799,6 +822,13 @@ def test_the_report_knows_routers(router, reason):
     # Beside the dense layer anything is exact.
     shared = target_of(shared_in=(2, 4), shared_out=(4, 2))
     assert run(target=shared, mode=Shared(), router=router).report.exact
+
+
+def test_patterns_fit_whole_paths():
+    params = {**dense_of(), "mlp2": dense_of()["mlp"]}
+    target = {**target_of(), "mlp2": shaped(up=(2, 4), down=(4, 2))}
+    report = run(params, target=target).report
+    assert report.exact and report.layers == ("mlp",)
 
 
 def test_what_is_left_over_is_said_and_not_exact():
