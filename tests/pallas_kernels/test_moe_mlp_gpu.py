@@ -189,6 +189,7 @@ def test_down(name, interpret):
     assert not np.asarray(out)[np.asarray(case.order)[case.rows :]].any()
 
 
+@pytest.mark.slow
 def test_nan_of_one_token_and_one_gate_stay_there(interpret):
     case = dataclasses.replace(CASES["uneven"])
     clean_h = np.asarray(case.hidden(interpret, jax.nn.silu), np.float32)
