@@ -186,6 +186,9 @@ def size(text):
 
 def axis(line):
     """The mesh axis that a collective runs over, and its number of devices."""
+    pair = re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", line)
+    if pair:
+        return STRIDES[abs(int(pair[1]) - int(pair[2]))], 8
     explicit = re.search(r"replica_groups=\{\{([\d,]+)\}", line)
     if explicit:
         group = np.array(explicit[1].split(","), int)
@@ -223,10 +226,13 @@ def traffic(text):
         moved = size(result)
         if kind == "reduce-scatter":
             moved *= p
-        if kind == "all-reduce":
+        # The compiler's other form of a reduce-scatter: fused with taking the part.
+        if kind == "all-reduce" and "all-reduce-scatter" not in where:
             moved *= 2
         if kind == "ragged-all-to-all":
             moved = min(moved, size(types[operand]))
+        if kind == "collective-permute":  # all of it leaves
+            moved = size(types[operand]) * p / (p - 1)
         loops = 0
         while where in within:
             where, loop = within[where]
