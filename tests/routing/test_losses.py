@@ -88,6 +88,7 @@ def test_balance_has_the_gradient_of_the_scores_alone():
     np.testing.assert_allclose(grad, want, rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_balance_over_devices_is_that_of_the_batch(key):
     """Micro-batches of one domain each need not be balanced, only their sum."""
     logits = jax.random.normal(key, (4, 6, 5)) + jnp.eye(4, 5)[:, None] * 4
@@ -152,6 +153,7 @@ def test_z_loss_by_hand():
     np.testing.assert_allclose(flat, math.log(1000) ** 2, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_importance_by_hand():
     # Sums of scores (1.25, .5, .25): mean 2/3, squares of what is off: 49, 4, 25 / 144.
     routing = top_k(log([4, 2, 2], [6, 2, 0]), 1)
@@ -161,6 +163,7 @@ def test_importance_by_hand():
     assert (grad == 0).all()  # not NaN, of a standard deviation of 0
 
 
+@pytest.mark.slow
 def test_load_is_the_chance_under_the_same_noise(key):
     z = np.array([[1.0, 0.2, -0.3, 0.1], [0.0, 0.4, 0.5, -1.0], [0.3, 0.3, 0.2, 0.9]])
     z, sigma = z.astype(np.float32).astype(np.float64), 0.5
@@ -185,6 +188,7 @@ def test_load_is_the_chance_under_the_same_noise(key):
     np.testing.assert_array_equal(routing.indices, np.argsort(-noisy, 1)[:, :2])
 
 
+@pytest.mark.slow
 def test_entropy_by_hand():
     # log 2, 0 (of scores 0, 1), and padding.
     logits = jnp.array([[0.0, 0.0], [-jnp.inf, 0.0], [jnp.nan, 0.0]])
@@ -263,6 +267,7 @@ def test_metrics_by_hand():
         )
 
 
+@pytest.mark.slow
 def test_metrics_of_choices_by_expert():
     # Expert 0 takes tokens 0 and 1, expert 1 tokens 2 and 1; nobody takes 3.
     logits = log([3, 1], [2, 2], [1, 3], [2.1, 2])

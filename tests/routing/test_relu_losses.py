@@ -104,6 +104,7 @@ def test_losses_make_routing_sparse(key):
     assert chunk_sparsity(relu(z)) > before + 0.25
 
 
+@pytest.mark.slow
 def test_sparsity_by_hand():
     # Experts {0, 1}, {1} | {}, padding | {3}: unions of 2, 0 and 1 of 4.
     z = jnp.array([[1, 1, -1, -1], [-1, 1, -1, -1], [-1] * 4, [1] * 4, [0, 0, 0, 1]])
@@ -113,6 +114,7 @@ def test_sparsity_by_hand():
     np.testing.assert_allclose(chunk_sparsity(routing), (2 + 3 + 4 + 3) / 16)
 
 
+@pytest.mark.slow
 def test_segments_are_not_neighbours():
     z = jnp.array([[1.0], [1.0], [-1.0], [-1.0]])
     apart = activation_locality_loss(z, segments=jnp.array([0, 0, 1, 1]))

@@ -212,8 +212,6 @@ VARIANTS = [
     for normalize in ("none", NORMALIZE.get(name))
     if normalize
 ]
-# One of each router in every run, all of them in .ci/run.
-QUICK = {(name, NORMALIZE.get(name, "none")) for name in CASES if " " not in name}
 
 
 def dense(result):
@@ -228,10 +226,8 @@ def as_distribution(s):
     return s / np.where(total > 0, total, 1)
 
 
-@pytest.mark.parametrize(
-    "name, normalize",
-    [v if v in QUICK else pytest.param(*v, marks=pytest.mark.slow) for v in VARIANTS],
-)
+@pytest.mark.slow  # test_routers_and_experts.py has one of each in every run
+@pytest.mark.parametrize("name, normalize", VARIANTS)
 def test_value_and_gradient_are_those_of_the_loop(name, normalize):
     router, oracle, options = CASES[name]
     rng = np.random.default_rng(VARIANTS.index((name, normalize)))
@@ -382,6 +378,7 @@ def test_nan_shows_and_stays_with_its_token(name, key):
         np.testing.assert_array_equal(spoilt[others], dense(router(z))[others])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [n for n in EVERY if n not in ("hash", "tree")])
 def test_a_token_with_nowhere_to_go(name, key):
     """All its experts at -inf, such as those of another modality: zeros, not NaN."""

@@ -114,6 +114,7 @@ def test_shares_by_hand():
     np.testing.assert_allclose(routing.combine, want, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_padding_alone_is_zeros():
     logits = jnp.full((3, 2, 2), jnp.nan)
     mask = jnp.zeros(3, bool)
@@ -125,6 +126,7 @@ def test_padding_alone_is_zeros():
     assert value == 0 and (grad == 0).all()
 
 
+@pytest.mark.slow
 def test_cosines_of_tiny_and_huge_vectors():
     """A square of 1e-30 is 0 in float32, of 1e30 infinite."""
     x = jnp.array([[3e-30, 4e-30], [3e30, 4e30]])

@@ -211,6 +211,7 @@ def test_capacity_ranks_probabilities_not_logits():
     assert routing.valid[:, 0].tolist() == [False, True]
 
 
+@pytest.mark.slow
 def test_weights_after_drops_sum_over_the_survivors():
     """Each token's remaining weights sum to 1, or by choice keep what they had."""
     # Both want expert 0 (.5), then 1 (.25); places for one.
@@ -274,9 +275,8 @@ def test_ties_go_to_the_lowest_expert():
     assert groups.indices.tolist() == [[0, 1]]
 
 
-@pytest.mark.parametrize(
-    "dtype", [jnp.bfloat16, pytest.param(jnp.float16, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_low_precision_logits_are_routed_in_float32(dtype, key):
     """A softmax in bfloat16 ties 9% of tokens at the last place."""
     logits = (0.05 * jax.random.normal(key, (256, 64))).astype(dtype)
@@ -338,6 +338,7 @@ def test_padding_is_given_not_guessed():
         assert not alone.valid.any() and alone.demand.tolist() == [0, 0, 0]
 
 
+@pytest.mark.slow
 def test_experts_at_minus_infinity_are_not_chosen():
     logits = jnp.array([[-jnp.inf, 1.0, -jnp.inf], [0.0, 1.0, 2.0]])
     for score in ("softmax", "sigmoid"):
@@ -351,6 +352,7 @@ def test_experts_at_minus_infinity_are_not_chosen():
         assert jnp.isfinite(jax.grad(loss)(logits)).all()
 
 
+@pytest.mark.slow
 def test_stopped_sum_leaves_the_router_a_gradient():
     # Weights s / S of identical experts: d sum(w) / dz = sum of ds / S, S held.
     logits = log([5, 3, 2])

@@ -64,6 +64,7 @@ def test_leaves_are_those_of_the_recursion(e):
     assert (np.diff(routing.weights, axis=1) <= 0).all()
 
 
+@pytest.mark.slow
 def test_gradients_are_the_slopes():
     nodes, scores = draw(3)
     q = np.random.default_rng(1).normal(size=(4, 5))
@@ -92,6 +93,7 @@ def test_hard_trees_choose_one_leaf_each():
     assert (bounded.demand == routing.counts()).all()
 
 
+@pytest.mark.slow
 def test_a_permutation_moves_the_leaves():
     nodes, scores = draw(5)
     p = np.stack([np.eye(5)[[2, 0, 4, 1, 3]], np.eye(5)[[1, 2, 3, 4, 0]]])
@@ -105,6 +107,7 @@ def test_a_permutation_moves_the_leaves():
     assert only.probs.tolist() == [[0, 0, 1]]
 
 
+@pytest.mark.slow
 def test_entropy_by_hand():
     # The left child of the root is split again: leaves (1/4, 1/4, 1/2) and (0, 0, 1),
     # 1.5 log 2 and 0; padding is nothing.
