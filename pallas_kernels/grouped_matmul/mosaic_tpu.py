@@ -251,7 +251,7 @@ def windows(start, end, rows, tile_m, chunk):
         chunk(pl.ds(low, rows), (row >= jnp.maximum(start, begin)) & (row < end))
         return carry
 
-    lax.fori_loop(0, trips, step, 0)
+    lax.fori_loop(0, trips, step, None)
 
 
 def rows_of(group, tile, bounds_ref, tile_m):
@@ -295,7 +295,7 @@ def visits_of(sizes, m, tile_m, tail):
     group = jnp.sum(after <= visit[:, None], axis=1, dtype=jnp.int32)
     group = jnp.minimum(group, count.shape[0] - 1)
     # The group's entry, by comparison: a gather of single numbers is slow here.
-    own = group[:, None] == jnp.arange(count.shape[0])
+    own = group[:, None] == jnp.arange(count.shape[0], dtype=jnp.int32)
     base = jnp.sum(jnp.where(own, first - (after - count), 0), axis=1, dtype=jnp.int32)
     tile = jnp.minimum(base + visit, tiles - 1)
     return (group, tile, bounds), after[-1]

@@ -381,8 +381,8 @@ def _each(count, act):
         return carry
 
     whole = lax.div(count, jnp.int32(_COPIES))
-    lax.fori_loop(0, whole, several, 0)
-    lax.fori_loop(whole * _COPIES, count, one, 0)
+    lax.fori_loop(0, whole, several, None)
+    lax.fori_loop(whole * _COPIES, count, one, None)
 
 
 def _wait(count, words_ref, sem_ref):
@@ -396,8 +396,8 @@ def _wait(count, words_ref, sem_ref):
 
         return step
 
-    lax.fori_loop(0, lax.div(count, jnp.int32(_COPIES)), some(_COPIES), 0)
-    lax.fori_loop(0, lax.rem(count, jnp.int32(_COPIES)), some(1), 0)
+    lax.fori_loop(0, lax.div(count, jnp.int32(_COPIES)), some(_COPIES), None)
+    lax.fori_loop(0, lax.rem(count, jnp.int32(_COPIES)), some(1), None)
 
 
 def _spread(words_ref, rows_ref):
@@ -407,13 +407,17 @@ def _spread(words_ref, rows_ref):
     def step(index, carry):
         window = pl.ds(pl.multiple_of(index * _STEP, _STEP), _STEP)
         words = words_ref[window]
-        for first, bits in ((0, lax.shift_left(words, 16)), (half, words & _UPPER)):
+        for first, bits in (
+            (0, lax.shift_left(words, jnp.int32(16))),
+            (half, words & _UPPER),
+        ):
             # The bits of float32 numbers, which bfloat16 has.
             part = pltpu.bitcast(bits, jnp.float32).astype(rows_ref.dtype)
             rows_ref[window, first : first + half] = part
         return carry
 
-    lax.fori_loop(0, words_ref.shape[0] // _STEP, step, 0)
+    steps = jnp.int32(words_ref.shape[0] // _STEP)
+    lax.fori_loop(0, steps, step, None)
 
 
 def _words(values, dtype):
@@ -422,7 +426,9 @@ def _words(values, dtype):
         return values
     bits = pltpu.bitcast(values.astype(jnp.bfloat16).astype(jnp.float32), jnp.int32)
     half = bits.shape[1] // 2
-    return lax.shift_right_logical(bits[:, :half], 16) | (bits[:, half:] & _UPPER)
+    return lax.shift_right_logical(bits[:, :half], jnp.int32(16)) | (
+        bits[:, half:] & _UPPER
+    )
 
 
 def _pack(x, width):
