@@ -313,6 +313,7 @@ def test_overflow_with_all_on_one_expert(exchange, expected):
     np.testing.assert_array_equal(out[3], expected)
 
 
+@pytest.mark.slow
 def test_room_is_never_more_than_the_worst_case():
     routing = ROUTINGS["two of eight"]
     got, _, dropped, _ = parallel("all_to_all", capacity_factor=100.0)(
@@ -322,6 +323,7 @@ def test_room_is_never_more_than_the_worst_case():
     assert dropped == 0
 
 
+@pytest.mark.slow
 def test_a_token_that_chooses_an_expert_twice_is_counted_when_there_is_no_room():
     """Room for the worst case is 8 tokens x 1 expert of a peer, with eight peers."""
     twice = routed(np.zeros((T, K)))
