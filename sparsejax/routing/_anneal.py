@@ -50,7 +50,7 @@ def dense_to_sparse(
       logits: Router outputs ``[t, e]``, of any floating dtype; computed in float32.
       k: Choices that a token has at least.
       temperature: :math:`\tau > 0`; the paper goes from 2 to 0.3 or less.
-      threshold: Weight from which on an expert is used, :math:`\theta`.
+      threshold: Weight above which an expert is used, :math:`\theta`.
       max_k: Choices that a token has at most, the number of places; experts beyond it
         are counted in ``demand``. None: e.
       normalize: As for `top_k`, over the choices that are used.

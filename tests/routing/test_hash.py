@@ -50,6 +50,11 @@ def test_traced_ids_out_of_the_table_choose_nobody(dtype):
     assert routing.counts().tolist() == [1, 1]
 
 
+def test_traced_ids_below_0_choose_nobody():
+    run = jax.jit(lambda i: hash_routing(i, 2, table=jnp.array([0, 1])))
+    assert run(jnp.array([-1, 1])).valid[:, 0].tolist() == [False, True]
+
+
 def test_concrete_padding_may_have_any_id():
     ids, mask = jnp.array([0, -100]), jnp.array([True, False])
     routing = hash_routing(ids, 2, table=jnp.array([1]), mask=mask)

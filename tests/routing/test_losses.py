@@ -61,9 +61,10 @@ def test_balance_by_hand():
 
 def test_balance_counts_what_was_turned_away():
     """f of served choices is even whatever the router does, under a tight capacity."""
-    logits = jnp.tile(log([6, 1, 1]), (4, 1))
+    # Asked (3, 1, 0) times of 4; P = (2.375, 1.125, 0.5) / 4. Served (1, 1, 0).
+    logits = log([6, 1, 1], [6, 1, 1], [6, 1, 1], [1, 6, 1])
     loss = load_balance_loss(top_k(logits, 1, capacity=1))
-    np.testing.assert_allclose(loss, 3 * 0.75, rtol=1e-6)
+    np.testing.assert_allclose(loss, 3 * (3 * 2.375 + 1.125) / 16, rtol=1e-6)
 
 
 @pytest.mark.parametrize("shift", [0.0, -50.0, -200.0])

@@ -376,6 +376,15 @@ def test_nan_shows_and_stays_with_its_token(name, key):
         assert jnp.isfinite(spoilt[others]).all() and (spoilt[others] > 0).any()
     else:
         np.testing.assert_array_equal(spoilt[others], dense(router(z))[others])
+    if name == "sinkhorn":  # as if it were padding
+        without = dense(jax.jit(EVERY[name])(z, mask=others))
+        np.testing.assert_array_equal(spoilt[others], without[others])
+
+
+def test_dense_to_sparse_uses_what_is_above_the_threshold():
+    """Not what equals it: a threshold of 1 leaves the k best alone."""
+    even = dense_to_sparse(jnp.zeros((1, 4)), 2, temperature=1.0, threshold=0.25)
+    assert even.valid.tolist() == [[True, True, False, False]]
 
 
 @pytest.mark.slow
