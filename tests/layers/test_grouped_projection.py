@@ -139,6 +139,7 @@ def test_choices_listed_by_expert():
             )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["mix", "split", "join"])
 def test_nnx_equals_linen(form):
     arguments = dict(num_experts=E, form=form, dtype=jnp.bfloat16, gain=3.0)

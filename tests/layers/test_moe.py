@@ -96,9 +96,9 @@ MASK = np.array([True, True, False, True, True, True])
 @pytest.mark.parametrize(
     ("case", "dtype", "mask"),
     [
-        ("plain", jnp.float32, None),
+        pytest.param("plain", jnp.float32, None, marks=pytest.mark.slow),
         ("gated", jnp.bfloat16, None),
-        ("shared", jnp.bfloat16, MASK),
+        pytest.param("shared", jnp.bfloat16, MASK, marks=pytest.mark.slow),
         ("gated shared", jnp.float32, MASK),
     ],
 )
@@ -395,7 +395,7 @@ def test_the_router_is_float32_in_earnest():
     ("k", "case"),
     [
         pytest.param(2, "plain", marks=pytest.mark.slow),
-        (4, "gated shared"),
+        pytest.param(4, "gated shared", marks=pytest.mark.slow),
         *(
             pytest.param(k, case, marks=pytest.mark.slow)
             for k in (1, 3)

@@ -125,6 +125,7 @@ class LinenLayer(nn.Module):
         return x + y, (aux.load_balance, aux.counts)
 
 
+@pytest.mark.slow
 def test_scan_and_remat_equal_a_loop():
     mask = jnp.asarray(MASK)
     layers = stacked_nnx()

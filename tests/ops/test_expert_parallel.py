@@ -210,7 +210,15 @@ def check(got, routing, dtype="float32"):
             raise AssertionError(f"{name}: {error}") from error
 
 
-@pytest.mark.parametrize("name", ROUTINGS)
+def slowly(names):
+    """All but two are marked slow."""
+    marks = lambda name: (
+        [] if name in ("padding", "all on one expert") else [pytest.mark.slow]
+    )
+    return [pytest.param(name, marks=marks(name)) for name in names]
+
+
+@pytest.mark.parametrize("name", slowly(ROUTINGS))
 @pytest.mark.parametrize("exchange", EXCHANGES)
 def test_equals_one_device(exchange, name):
     routing = ROUTINGS[name]
@@ -278,7 +286,7 @@ def served(exchange, routing):
     return kept
 
 
-@pytest.mark.parametrize("name", [name for name in ROUTINGS if name != "nobody"])
+@pytest.mark.parametrize("name", slowly(n for n in ROUTINGS if n != "nobody"))
 @pytest.mark.parametrize("exchange", BOUNDED)
 def test_overflow_is_counted_and_contributes_nothing(exchange, name):
     routing = ROUTINGS[name]

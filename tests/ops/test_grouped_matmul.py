@@ -90,8 +90,21 @@ def transposed_oracle(x, y, sizes):
     return w
 
 
-@pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("implementation", slowly(IMPLEMENTATIONS))
+QUICK = ["f32", "bf16", "no_rows"]
+
+
+@pytest.mark.parametrize(
+    ("implementation", "name"),
+    [
+        pytest.param(
+            each,
+            name,
+            marks=[] if each == "xla" and name in QUICK else [pytest.mark.slow],
+        )
+        for each in IMPLEMENTATIONS
+        for name in CASES
+    ],
+)
 def test_value_and_gradients(implementation, name):
     x, w, sizes, dy = case(name)
     impl = choice(implementation)

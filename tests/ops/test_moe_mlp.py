@@ -150,8 +150,21 @@ def layer_of(fn, routing, **how):
     return layer
 
 
-@pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("implementation", slowly(IMPLEMENTATIONS))
+QUICK = ["plain", "gated", "by_expert", "nobody", "gated_bf16"]
+
+
+@pytest.mark.parametrize(
+    ("implementation", "name"),
+    [
+        pytest.param(
+            each,
+            name,
+            marks=[] if each == "xla" and name in QUICK else [pytest.mark.slow],
+        )
+        for each in IMPLEMENTATIONS
+        for name in CASES
+    ],
+)
 def test_value_and_gradients(implementation, name):
     x, routing, ws, dy = case(name)
     layer = layer_of(moe_mlp, routing, implementation=choice(implementation))
@@ -239,7 +252,8 @@ def test_nothing_leaks_from_other_tokens(implementation):
     assert [bad(dw) for dw in dws] == [[1, 2]] * 3
 
 
-@pytest.mark.parametrize("implementation", slowly(IMPLEMENTATIONS))
+@pytest.mark.slow
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_vmap(implementation):
     """Of tokens and routing with shared weights: more tokens; of weights: in turn."""
     x, routing, ws, dy = case("gated_bf16")
@@ -274,7 +288,8 @@ def test_shared_weights_under_vmap_are_one_layer():
     assert "moe_mlp: 140 choices of 70 tokens" in sj.explain(many, xs, routings)
 
 
-@pytest.mark.parametrize("implementation", slowly([*IMPLEMENTATIONS, None]))
+@pytest.mark.slow
+@pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS, None])
 def test_scan_checkpoint_and_no_retrace(implementation):
     x, routing, ws, _ = case("gated_bf16")
     impl, traces = choice(implementation), []

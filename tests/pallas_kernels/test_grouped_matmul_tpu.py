@@ -103,6 +103,7 @@ def test_more_groups(case, op):
 TILED = (150, 300, 290, [5, 80, 0, 3, 20], "bfloat16")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("op", OPS)
 def test_several_tiles_of_every_axis(op):
     Case(*TILED).check(op, tile_m=32, tile_k=128, tile_n=128, rows=16)

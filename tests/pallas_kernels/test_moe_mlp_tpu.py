@@ -109,6 +109,7 @@ def test_against_float64(case, op):
     Case(*case).check(op)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("op", OPS)
 def test_several_tiles_of_every_axis(op):
     Case(*TILED).check(op, **TILES)

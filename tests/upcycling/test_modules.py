@@ -262,7 +262,12 @@ def test_exact_is_what_is_measured_with_modules(**case):
 @pytest.mark.parametrize(
     ("mode", "normalize", "where"),
     [
-        (upcycling.Granular(2), "sum_stopgrad", {"linen": True, "scanned": True}),
+        pytest.param(
+            upcycling.Granular(2),
+            "sum_stopgrad",
+            {"linen": True, "scanned": True},
+            marks=pytest.mark.slow,
+        ),
         (upcycling.Shared(), "none", {"linen": False, "scanned": True}),
     ],
     ids=["granular", "shared"],

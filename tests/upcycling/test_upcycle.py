@@ -93,9 +93,10 @@ class NnxNet(nnx.Module):
 
 @pytest.mark.parametrize(
     ("pure", "gated"),
-    [pytest.param(False, True, marks=pytest.mark.slow), (True, False)],
+    [(False, True), (True, False)],
     ids=["state", "pure dict"],
 )
+@pytest.mark.slow
 def test_nnx_every_second_layer(gated, pure):
     dense = NnxNet([0, 0, 0, 0], gated, nnx.Rngs(0))
     make = lambda: nnx.split(NnxNet([0, 1, 0, 1], gated, nnx.Rngs(1)))
