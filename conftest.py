@@ -1,5 +1,6 @@
 """Strict promotion, eight CPU devices, quick compilation, names for the doctests."""
 
+import gc
 import os
 
 # Before jax starts its backend: eight devices, so that one process tests sharding; and
@@ -20,6 +21,10 @@ import jax
 import pytest
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+# Thousands of small programs are lowered: without the source lines of each operation,
+# and without looking for garbage all the time, that takes a tenth less.
+jax.config.update("jax_traceback_in_locations_limit", 0)
+gc.set_threshold(50_000, 20, 50)
 
 if _COMPILED:  # not otherwise: the package must not be loaded before its types are
     import sparsejax.testing

@@ -63,7 +63,10 @@ def run(text, tmp_path):
         ("--ffn", "dense"),
         ("--ffn", "masked", "--updater", "rigl"),
         ("--ffn", "block_sparse", "--updater", "set"),
-        ("--ffn", "block_sparse", "--dtype", "bfloat16", "--scan", "--remat"),
+        pytest.param(
+            ("--ffn", "block_sparse", "--dtype", "bfloat16", "--scan", "--remat"),
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             ("--ffn", "moe", "--dtype", "bfloat16", "--scan", "--remat", "--experts=4"),
             marks=pytest.mark.slow,
@@ -226,6 +229,7 @@ def test_train_step_holds_no_weight_of_a_sparse_layer(ffn):
     assert (WIDTH * FFN_WIDTH in sizes) == (ffn == "dense")
 
 
+@pytest.mark.slow
 def test_a_mesh_computes_the_same():
     config = small_config(batch=4)
     batch = np.random.default_rng(0).integers(0, 256, (4, 21)).astype(np.uint8)
@@ -258,9 +262,10 @@ def test_a_mesh_computes_the_same():
     "flags",
     [
         ("--ffn", "block_sparse"),
-        pytest.param(("--ffn", "masked"), marks=pytest.mark.slow),
+        ("--ffn", "masked"),
     ],
 )
+@pytest.mark.slow
 def test_killed_and_resumed_is_bit_identical(run, text, tmp_path, flags):
     flags = (*flags, "--steps", 300, "--every", 7, "--log-every", 20)
     (whole,) = run(*flags, out="whole")

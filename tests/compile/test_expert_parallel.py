@@ -242,7 +242,17 @@ def traffic(text):
     return layer, outside
 
 
-@pytest.mark.parametrize("name", EXCHANGES)
+# A minute each: of those that differ by a number one is compiled every time.
+BY_HAND = ("all_to_all, worst case", "gather_experts, all 128")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.exhaustive] if name in BY_HAND else [])
+        for name in EXCHANGES
+    ],
+)
 def test_trains_on_512_chips(mesh, name):
     how, expected = EXCHANGES[name]
     step, shapes = train_step(mesh, how)

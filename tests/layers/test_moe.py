@@ -297,9 +297,8 @@ def test_losses_metrics_and_counts_are_returned():
     np.testing.assert_array_equal(aux.routing.valid, [[1], [1], [1], [0]])
 
 
-@pytest.mark.parametrize(
-    "case", [pytest.param("gated", marks=pytest.mark.slow), "shared"]
-)
+@pytest.mark.parametrize("case", ["gated", "shared"])
+@pytest.mark.slow
 def test_padding_has_no_influence_even_if_nan(case):
     """Peers route padding, or guess it from rows of zeros."""
     # This activation is 1 at 0: shared experts would give padding a value.
@@ -353,6 +352,7 @@ def test_jitter_multiplies_the_inputs_of_the_router_alone():
     np.testing.assert_allclose(still.routing.probs[:, 0], 0.8807971, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_router_takes_keys_and_arguments():
     seen = {}
 
@@ -397,7 +397,7 @@ def test_the_router_is_float32_in_earnest():
         pytest.param(2, "plain", marks=pytest.mark.slow),
         pytest.param(4, "gated shared", marks=pytest.mark.slow),
         *(
-            pytest.param(k, case, marks=pytest.mark.slow)
+            pytest.param(k, case, marks=[pytest.mark.slow, pytest.mark.exhaustive])
             for k in (1, 3)
             for case in CASES
         ),

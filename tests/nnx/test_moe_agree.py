@@ -62,6 +62,7 @@ BALANCE = jnp.array([0.3, -0.2, 0.0, -0.1])
     ],
     ids=["all", "hash", "expert choice", "soft"],
 )
+@pytest.mark.slow
 def test_equal_outputs_and_gradients_from_equal_parameters(arguments, more):
     module = sj.nnx.MoE(D, F, **arguments, rngs=nnx.Rngs(0))
     linen = sj.linen.MoE(D, F, **arguments)

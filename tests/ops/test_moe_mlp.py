@@ -51,6 +51,12 @@ def slowly(names):
     return [pytest.param(name, marks=marks(name)) for name in names]
 
 
+def by_hand(names):
+    """The interpreted kernels, of which other tests have value and gradients."""
+    marks = lambda name: [] if name in ("xla", None) else [pytest.mark.exhaustive]
+    return [pytest.param(name, marks=marks(name)) for name in names]
+
+
 def choice(name):
     return name if name in ("xla", None) else interpreted(name)
 
@@ -253,7 +259,7 @@ def test_nothing_leaks_from_other_tokens(implementation):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", by_hand(IMPLEMENTATIONS))
 def test_vmap(implementation):
     """Of tokens and routing with shared weights: more tokens; of weights: in turn."""
     x, routing, ws, dy = case("gated_bf16")
@@ -289,7 +295,7 @@ def test_shared_weights_under_vmap_are_one_layer():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS, None])
+@pytest.mark.parametrize("implementation", by_hand([*IMPLEMENTATIONS, None]))
 def test_scan_checkpoint_and_no_retrace(implementation):
     x, routing, ws, _ = case("gated_bf16")
     impl, traces = choice(implementation), []
@@ -392,7 +398,9 @@ def test_jit_over_a_mesh(kind, name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize(
+    "gated", [pytest.param(False, marks=pytest.mark.exhaustive), True]
+)
 def test_memory_does_not_grow_with_the_experts(gated):
     """The budget's layer, compiled: far below 100 MiB, weights' gradients apart."""
     t, d, f = 4096, 512, 2048

@@ -111,7 +111,9 @@ def test_several_tiles_of_every_axis(op):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("rows", [16, 48, 64])
+@pytest.mark.parametrize(
+    "rows", [48, *(pytest.param(r, marks=pytest.mark.exhaustive) for r in (16, 64))]
+)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_windows_of_rows(dtype, rows, op):
     # 48 does not divide the tile: the last window begins before its rows do.

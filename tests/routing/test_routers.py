@@ -226,7 +226,8 @@ def as_distribution(s):
     return s / np.where(total > 0, total, 1)
 
 
-@pytest.mark.slow  # test_routers_and_experts.py has one of each in every run
+@pytest.mark.exhaustive  # test_routers_and_experts.py has one of each
+@pytest.mark.slow
 @pytest.mark.parametrize("name, normalize", VARIANTS)
 def test_value_and_gradient_are_those_of_the_loop(name, normalize):
     router, oracle, options = CASES[name]
@@ -292,9 +293,16 @@ ROUTERS = {
     "relu": partial(relu, max_k=2),
     "tree": partial(of_tree, max_k=3),
 }
+QUICK = ("top_k", "expert_choice", "threshold")
 
 
-@pytest.mark.parametrize("name", ROUTERS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow)
+        for name in ROUTERS
+    ],
+)
 def test_laws(name, key):
     """Padding, dtypes, ranges, vmap, retracing: one compilation of each router."""
     router, traces = ROUTERS[name], []

@@ -190,6 +190,7 @@ def linen_case(dense, moe, ffns, x, **spec):
 
 
 SLOW = pytest.mark.slow
+EVERY = [SLOW, pytest.mark.exhaustive]
 
 
 @SLOW
@@ -444,7 +445,7 @@ QUICK = [
     [
         (name, policy)
         if (name, policy) in QUICK
-        else pytest.param(name, policy, marks=SLOW)
+        else pytest.param(name, policy, marks=SLOW if policy == "rescale" else EVERY)
         for name in OPTIMIZERS
         for policy in ("zeros", "copy", "rescale")
     ],
@@ -849,7 +850,7 @@ def test_what_is_left_over_is_said_and_not_exact():
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", [Copy(), Copy(noise=0.1), Drop(0.5), Shared()])
 @pytest.mark.parametrize("normalize", ["none", "sum", "sum_stopgrad"])
-@pytest.mark.parametrize("k", [1, 2])
+@pytest.mark.parametrize("k", [1, pytest.param(2, marks=pytest.mark.exhaustive)])
 def test_the_report_foresees_the_gradient_of_the_router(mode, normalize, k):
     router = functools.partial(routing.top_k, k=k, normalize=normalize)
     d, f, e = 4, 8, 4
