@@ -10,6 +10,7 @@ os.environ["TPU_WORKER_HOSTNAMES"] = "localhost"
 os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
 
 import jax
+import pytest
 from jax import numpy as jnp
 from jax.experimental import topologies
 
@@ -71,3 +72,8 @@ def block_sparse(op, m, k, n, block_shape, slots, dtype, out_dtype=None, chip="v
             ptr,
         )
     return fn, (dy, blocks, index, index, s((k // bk + 1,), jnp.int32))
+
+
+def by_hand(*values):
+    """Parameters that .ci/compile leaves out."""
+    return [pytest.param(value, marks=pytest.mark.exhaustive) for value in values]

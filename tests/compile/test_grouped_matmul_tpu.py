@@ -60,7 +60,7 @@ def test_many_small_groups(chip, op):
 
 @pytest.mark.parametrize("op", NAMES)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-@pytest.mark.parametrize("chip", ["v4", "v5e", "tpu7x"])
+@pytest.mark.parametrize("chip", ["v5e", *_tpu.by_hand("v4", "tpu7x")])
 @pytest.mark.parametrize(
     ("m", "k", "n", "groups"),
     [(1, 1, 1, 1), (5, 7, 200, 3), (1000, 300, 77, 9), (300, 5000, 1000, 4)],

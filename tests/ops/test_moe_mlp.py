@@ -51,9 +51,12 @@ def slowly(names):
     return [pytest.param(name, marks=marks(name)) for name in names]
 
 
+EXHAUSTIVE = pytest.mark.exhaustive
+
+
 def by_hand(names):
     """The interpreted kernels, of which other tests have value and gradients."""
-    marks = lambda name: [] if name in ("xla", None) else [pytest.mark.exhaustive]
+    marks = lambda name: [] if name in ("xla", None) else [EXHAUSTIVE]
     return [pytest.param(name, marks=marks(name)) for name in names]
 
 
@@ -159,13 +162,20 @@ def layer_of(fn, routing, **how):
 QUICK = ["plain", "gated", "by_expert", "nobody", "gated_bf16"]
 
 
+def marks_of(implementation, name):
+    if implementation != "xla" and not REFUSED.get((implementation, name)):
+        few = [] if name in ("gated", "by_expert", "gated_bf16") else [EXHAUSTIVE]
+        return [pytest.mark.slow, *few]
+    return [] if name in QUICK else [pytest.mark.slow]
+
+
 @pytest.mark.parametrize(
     ("implementation", "name"),
     [
         pytest.param(
             each,
             name,
-            marks=[] if each == "xla" and name in QUICK else [pytest.mark.slow],
+            marks=marks_of(each, name),
         )
         for each in IMPLEMENTATIONS
         for name in CASES
