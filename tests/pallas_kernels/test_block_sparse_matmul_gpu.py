@@ -284,6 +284,9 @@ def test_tiles_sdd(changes, interpret):
 def test_new_contents_do_not_retrace(interpret):
     traces = []
     first = Case(40, (3, 3), (32, 32), seed=30, density=0.6)
+    # The interpreter's first use in a process adds to jax's configuration, which
+    # traces anew whatever was traced before.
+    first.forward(interpret)
     config = first.config("dsd", first.dtype)
 
     @jax.jit
