@@ -12,50 +12,8 @@ import jax
 import numpy as np
 import pytest
 from jax import numpy as jnp
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.grouped_matmul import _spec, mosaic_gpu
-
-
-def _has_hopper():
-    device = jax.devices()[0]
-    capability = getattr(device, "compute_capability", "")
-    return device.platform == "gpu" and str(capability).startswith("9.")
-
-
-HOPPER = _has_hopper()
-SIMULATES = hasattr(plgpu, "InterpretGPUParams")
-if not SIMULATES and not HOPPER:
-    pytest.skip(
-        f"jax {jax.__version__} cannot simulate Mosaic GPU kernels (0.11 and later "
-        "can) and no Hopper GPU is present",
-        allow_module_level=True,
-    )
-
-
-@pytest.fixture(
-    params=[
-        pytest.param("simulated", marks=pytest.mark.skipif(not SIMULATES, reason="")),
-        pytest.param(
-            "compiled",
-            marks=[
-                pytest.mark.gpu,
-                pytest.mark.skipif(not HOPPER, reason="no Hopper GPU is present"),
-            ],
-        ),
-    ]
-)
-def interpret(request):
-    """What the kernels take for ``interpret``; fails if a race was seen."""
-    if request.param == "compiled":
-        yield None
-        return
-    yield plgpu.InterpretGPUParams(detect_races=True)
-    from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
-
-    # Later versions raise at the race itself.
-    if hasattr(gpu_callbacks, "get_races"):
-        assert not gpu_callbacks.get_races().races_found
 
 
 @dataclasses.dataclass
