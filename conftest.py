@@ -1,6 +1,7 @@
 """Strict promotion, eight CPU devices, quick compilation, names for the doctests."""
 
 import gc
+import importlib.metadata
 import os
 
 # Before jax starts its backend: eight devices, so that one process tests sharding; and
@@ -13,6 +14,9 @@ _COMPILED = os.environ.get("SPARSEJAX_COMPILED", "").split()
 _ON_GPU = _COMPILED or os.path.exists("/dev/nvidiactl")
 if not os.environ.get("SPARSEJAX_COMPILE") and not _ON_GPU:
     _FLAGS.append("--xla_backend_optimization_level=0")
+    # Fusions by way of MLIR take twice as long to build. Later versions have no other.
+    if importlib.metadata.version("jaxlib").startswith("0.10."):
+        _FLAGS.append("--xla_cpu_use_fusion_emitters=false")
 for _flag in _FLAGS:
     if _flag not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_flag}".strip()

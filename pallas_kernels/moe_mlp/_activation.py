@@ -1,4 +1,4 @@
-"""Which activations Mosaic GPU lowers, and how they are given to it."""
+"""Which activations the chips' compilers lower, and how they are given to them."""
 
 from collections.abc import Callable
 
@@ -8,10 +8,17 @@ from jax import numpy as jnp
 from jax.extend import core
 
 # What is lowered of arrays in registers; found by compiling each.
-_LOWERED = frozenset(
+_GPU = (
     "abs add broadcast_in_dim convert_element_type div eq exp exp2 ge gt integer_pow "
-    "le log logistic lt max min mul ne neg rsqrt select_n sign square sub tanh".split()
+    "le log logistic lt max min mul ne neg rsqrt select_n square sub tanh"
 )
+_TPU = (
+    f"{_GPU} and ceil clamp cos floor is_finite not or pow rem round sin sqrt tan xor"
+)
+_LOWERED = {
+    "mosaic_gpu": frozenset(_GPU.split()),
+    "mosaic_tpu": frozenset(_TPU.split()),
+}
 
 
 def _erfc(x):
@@ -31,6 +38,8 @@ _REWRITTEN = {
     "erfc": _erfc,
     "expm1": lambda x: jnp.exp(x) - 1.0,
     "log1p": lambda x: jnp.log(1.0 + x),
+    # Mosaic TPU looks for the chip in this process to lower it.
+    "sign": lambda x: jnp.where(x > 0, 1, jnp.where(x < 0, -1, x)),
 }
 # Calls of another function, which stands in its place.
 _CALLS = frozenset(
@@ -39,26 +48,38 @@ _CALLS = frozenset(
 )
 
 
-def check_activation(activation: Callable[[jax.Array], jax.Array]) -> None:
-    """Raises NotImplementedError where Mosaic GPU does not lower the activation.
+def check_activation(
+    activation: Callable[[jax.Array], jax.Array], name: str, width: int
+) -> None:
+    """Raises NotImplementedError where the backend does not lower the activation.
 
     Args:
         activation: elementwise function of one float32 array.
+        name: "mosaic_tpu" or "mosaic_gpu".
+        width: columns of the hidden layer.
     """
-    closed = _traced(activation, (8, 8))
+    closed = _traced(activation, (8, width))
     shapes = [(a.shape, a.dtype.name) for a in closed.out_avals]
-    if shapes != [((8, 8), "float32")]:
+    if shapes != [((8, width), "float32")]:
         raise NotImplementedError(
-            f"mosaic_gpu: activation makes {shapes} of one float32 (8, 8), needs one "
-            "float32 (8, 8)"
+            f"{name}: activation makes {shapes} of one float32 (8, {width}), needs one "
+            f"float32 (8, {width})"
         )
-    served = _LOWERED.union(_REWRITTEN)
-    refused = set(_primitives(closed)) - served
+    served = _LOWERED[name].union(_REWRITTEN)
+    refused = {f"a captured {kind}" for kind in _captured(closed)}
+    refused |= set(_primitives(closed)) - served
     if refused:
         raise NotImplementedError(
-            f"mosaic_gpu: activation has {', '.join(sorted(refused))}, needs to be "
+            f"{name}: activation has {', '.join(sorted(refused))}, needs to be "
             f"made of {', '.join(sorted(served))}"
         )
+
+
+def captures_traced_values(
+    activation: Callable[[jax.Array], jax.Array], width: int
+) -> bool:
+    """Whether the activation closes over values that are being traced themselves."""
+    return "traced value" in _captured(_traced(activation, (8, width)))
 
 
 def inlined(activation: Callable[[jax.Array], jax.Array]):
@@ -83,12 +104,18 @@ def _inner(eqn):
     return inner if hasattr(inner, "consts") else core.ClosedJaxpr(inner, ())
 
 
-def _primitives(closed):
+def _captured(closed):
+    """What else than numbers the function closes over: "traced value", "array"."""
     for const in closed.consts:
         if isinstance(const, jax.core.Tracer):
-            yield "a captured traced value"
+            yield "traced value"
         elif np.ndim(const):
-            yield "a captured array"
+            yield "array"
+    for inner in filter(None, map(_inner, closed.jaxpr.eqns)):
+        yield from _captured(inner)
+
+
+def _primitives(closed):
     for eqn in closed.jaxpr.eqns:
         inner = _inner(eqn)
         if inner is None:

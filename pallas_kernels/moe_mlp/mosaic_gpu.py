@@ -77,7 +77,7 @@ def hidden(
         [c, f] of x's dtype; zeros in the tail.
     """
     weights = (w_in,) if w_gate is None else (w_gate, w_in)
-    check_activation(activation)
+    check_activation(activation, "mosaic_gpu", w_in.shape[2])
     act = inlined(activation)
 
     def end(results, row):

@@ -30,7 +30,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.grouped_matmul import mosaic_tpu as grouped
-from pallas_kernels.moe_mlp._activation import inlined
+from pallas_kernels.moe_mlp._activation import check_activation, inlined
 from pallas_kernels.moe_mlp._spec import Config
 
 # Copies that one step of a loop starts or awaits.
@@ -61,13 +61,14 @@ def hidden(
         w_gate: the same, or None.
         tokens: int32 [c].
         sizes: int32 [experts].
-        activation: elementwise function of one float32 array.
+        activation: elementwise function that ``check_activation`` passes.
         config: tile sizes.
         interpret: True or ``pltpu.InterpretParams()`` to run without a TPU.
 
     Returns:
         [c, f] of x's dtype; zeros in the tail.
     """
+    check_activation(activation, "mosaic_tpu", w_in.shape[2])
     (count,), inner = tokens.shape, x.shape[1]
     weights = (w_in,) if w_gate is None else (w_gate, w_in)
     weights = [grouped.at_least(grouped.SUBLANES, w, 1) for w in weights]

@@ -10,6 +10,7 @@ from jax.custom_batching import custom_vmap
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Shaped
 
+from pallas_kernels.moe_mlp._activation import captures_traced_values
 from sparsejax import _dispatch
 from sparsejax._dispatch import Choice
 from sparsejax.ops._checks import accumulator, check_floating
@@ -50,7 +51,9 @@ def moe_mlp(
       w_in: First weights ``[e, d, f]``.
       w_out: Last weights ``[e, f, d]``.
       w_gate: Weights of the gate ``[e, d, f]``, which the activation is applied to.
-      activation: Any elementwise function of one array.
+      activation: Any elementwise function of one array. One that closes over traced
+        values, say a learned slope, is differentiated in them too; the layer is then
+        made of grouped products.
       dtype: In which x and the weights are multiplied, and that of y; default, their
         promoted dtype. Sums are float32 in any case, and the gradients of float32
         weights come out of those sums unrounded: keep float32 master weights and pass
@@ -98,8 +101,9 @@ def moe_mlp(
     tokens, experts, weights = _choices(routing)
     if 0 in (*x.shape, *w_in.shape, tokens.size):
         return jnp.zeros(x.shape, compute)
+    captures = captures_traced_values(activation, w_in.shape[2])
     by_token = not routing.by_expert
-    static = _Static(implementation, compute, activation, by_token)
+    static = _Static(implementation, compute, activation, captures, by_token)
     operands = x.astype(compute), ws, w_out, weights, tokens, experts
     return _over_explicit_axes(static, *operands)
 
@@ -174,12 +178,21 @@ class _Static:
     choice: Choice
     compute: jnp.dtype
     activation: Callable[[jax.Array], jax.Array]
+    captures: bool  # traced values, which no derivative rule of ours would see
     by_token: bool
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _layer(static, x, ws, w_out, weights, tokens, experts):
     return _call(static, x, ws, w_out, weights, tokens, experts)
+
+
+def _composed(static, x, ws, w_out, weights, tokens, experts):
+    """The layer made of grouped products, whose derivatives are theirs."""
+    how = dict(dtype=static.compute, implementation=static.choice)
+    product = functools.partial(grouped_matmul, **how)
+    problem = _problem("moe_mlp", static, x, ws, tokens)
+    return composed(product, problem, x, ws, w_out, weights, tokens, experts)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -194,14 +207,10 @@ def _layer_bwd(static, operands, dy):
 
 def _gradients_bwd(static, operands, cotangents):
     x, ws, w_out, weights, tokens, experts, dy = operands
-    how = dict(dtype=static.compute, implementation=static.choice)
-    product = functools.partial(grouped_matmul, **how)
-    problem = _problem("moe_mlp", static, x, ws, tokens)
 
     def gradients(x, ws, w_out, weights, dy):
         def layer(x, ws, w_out, weights):
-            choices = weights, tokens, experts
-            return composed(product, problem, x, ws, w_out, *choices)
+            return _composed(static, x, ws, w_out, weights, tokens, experts)
 
         return jax.vjp(layer, x, ws, w_out, weights)[1](dy)
 
@@ -277,13 +286,14 @@ def _over_explicit_axes(static, x, *rest):
     A Mosaic kernel cannot be partitioned by XLA. Where choices are listed by token,
     each device computes its own tokens'; else each computes all.
     """
+    layer = _composed if static.captures else _layer
 
     def local(x, ws, w_out, weights, tokens, experts):
         if static.by_token:
             tokens = tokens - tokens[0]
         leaves, tree = jax.tree.flatten((x, ws, w_out, weights, tokens, experts))
         operands = jax.tree.unflatten(tree, _dispatch.vary_alike(*leaves))
-        return _layer(static, *operands)
+        return layer(static, *operands)
 
     explicit = _explicit_axes()
     if not explicit:

@@ -191,8 +191,7 @@ def _fused(name, problem, chip):
     try:
         for half in _halves(problem):
             getattr(moe_spec, f"check_{name}")(half, chip)
-        if name == "mosaic_gpu":
-            _activation.check_activation(problem.activation)
+        _activation.check_activation(problem.activation, name, problem.f)
     except NotImplementedError:
         return None
     if name == "mosaic_tpu":
@@ -246,8 +245,8 @@ def _run_gradients_kernel(name, problem, chip, interpret, *operands):
     return jax.vjp(layer, x, ws, w_out, weights)[1](dy)
 
 
-def _note_kernel(problem):
-    if problem.op == "moe_mlp":
+def _note_kernel(name, problem):
+    if problem.op == "moe_mlp" and _fused(name, problem, None) is not None:
         return "gather, products, activation and gate in two kernels"
     return "grouped products; rows are gathered before and combined after them"
 
@@ -261,7 +260,7 @@ def _implementations(run_xla: Any, run_kernel: Any) -> dict[str, Implementation]
             "tpu",
             each(_check_kernel, "mosaic_tpu"),
             each(run_kernel, "mosaic_tpu"),
-            note=_note_kernel,
+            note=each(_note_kernel, "mosaic_tpu"),
         ),
         # Hopper only: not offered to a GPU of which nothing is known.
         "mosaic_gpu": Implementation(
@@ -270,7 +269,7 @@ def _implementations(run_xla: Any, run_kernel: Any) -> dict[str, Implementation]
             each(_check_kernel, "mosaic_gpu"),
             each(run_kernel, "mosaic_gpu"),
             needs_chip=True,
-            note=_note_kernel,
+            note=each(_note_kernel, "mosaic_gpu"),
         ),
     }
 

@@ -15,7 +15,8 @@ if os.environ["SPARSEJAX_COMPILE"] != "tpu":
 sys.path.append(str(pathlib.Path(__file__).parent))
 import _tpu  # noqa: E402
 
-from pallas_kernels.moe_mlp import _spec, mosaic_tpu  # noqa: E402
+import sparsejax  # noqa: E402
+from pallas_kernels.moe_mlp import _activation, _spec, mosaic_tpu  # noqa: E402
 
 OPS = ["moe_hidden", "moe_hidden_gated", "moe_down"]
 S = jax.ShapeDtypeStruct
@@ -71,3 +72,74 @@ def test_as_many_choices_as_are_served(chip, op):
 @pytest.mark.parametrize("chip", ["v4", "v6e"])
 def test_activations(chip, activation):
     check(chip, "moe_hidden_gated", 64, 128, 256, 512, 4, "bfloat16", activation)
+
+
+# By what it shows of the primitives that check_activation lets pass.
+SERVED = {
+    "abs add mul neg sign square sub": lambda x: (
+        jnp.abs(x) + jnp.sign(x) * jnp.square(x) - (-x) * 0.5
+    ),
+    "div exp exp2 log logistic": lambda x: (
+        jnp.exp(x) / jnp.exp2(x) + jnp.log(jax.nn.sigmoid(x))
+    ),
+    "eq ge gt le lt ne select_n": lambda x: sum(
+        jnp.where(where, x, i)
+        for i, where in enumerate((x == 0, x >= 1, x > 2, x <= 3, x < 4, x != 5))
+    ),
+    "and not or xor is_finite": lambda x: jnp.where(
+        ((x > 0) & ~(x > 1)) | ((x < -2) ^ jnp.isfinite(x)), x, 0.0
+    ),
+    "max min clamp": lambda x: (
+        jnp.maximum(x, 0.1) + jnp.minimum(x, 2.0) + jax.lax.clamp(-1.0, x, 1.0)
+    ),
+    "ceil floor round": lambda x: jnp.ceil(x) + jnp.floor(x) + jnp.round(x),
+    "cos sin tan tanh": lambda x: jnp.cos(x) + jnp.sin(x) + jnp.tan(x) + jnp.tanh(x),
+    "integer_pow pow rsqrt sqrt": lambda x: (
+        x**3 + jnp.abs(x) ** 1.5 + jax.lax.rsqrt(x) + jnp.sqrt(x)
+    ),
+    "rem": lambda x: jax.lax.rem(x, jnp.full_like(x, 2.0)),
+    "erf erfc expm1 log1p": lambda x: (
+        jax.lax.erf(x) + jax.lax.erfc(x) + jnp.expm1(x) + jnp.log1p(x)
+    ),
+    "broadcast_in_dim convert_element_type copy": lambda x: (
+        jax.nn.silu(x.astype("bfloat16")).astype("float32") + jnp.full_like(x, 2.0)
+    ),
+}
+
+
+@pytest.mark.parametrize("names", SERVED)
+@pytest.mark.parametrize("chip", ["v5e", *_tpu.by_hand("v4", "tpu7x")])
+def test_served_primitives(chip, names):
+    check(chip, "moe_hidden", 64, 128, 256, 512, 4, "float32", SERVED[names])
+
+
+def test_served_primitives_are_all():
+    every = _activation._LOWERED["mosaic_tpu"] | set(_activation._REWRITTEN)
+    assert every == set(" ".join(SERVED).split())
+
+
+BETAS = jnp.linspace(-1, 1, 512)
+
+
+@pytest.mark.parametrize(
+    "activation",
+    [
+        jnp.arctan,
+        lambda x: x * jax.nn.sigmoid(BETAS * x),
+        lambda x: jax.lax.fori_loop(0, 2, lambda _, y: jnp.tanh(y), x),
+    ],
+    ids=["arctan", "a_captured_array", "a_loop"],
+)
+def test_others_take_grouped_products(activation):
+    """The operator by itself: no kernel of this layer, and it compiles."""
+    t, d, f, e = 64, 256, 512, 4
+
+    def layer(x, logits, w_in, w_out):
+        routing = sparsejax.routing.top_k(logits, 2)
+        y = sparsejax.ops.moe_mlp(x, routing, w_in, w_out, activation=activation)
+        return jnp.sum(y)
+
+    shapes = (t, d), (t, e), (e, d, f), (e, f, d)
+    args = [S(shape, jnp.float32) for shape in shapes]
+    text, _ = _tpu.compile_for("v5e", jax.grad(layer, (0, 1, 2, 3)), *args)
+    assert "grouped" in text and "moe_hidden" not in text

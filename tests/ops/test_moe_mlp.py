@@ -334,7 +334,19 @@ def test_scan_checkpoint_and_no_retrace(implementation):
     assert len(traces) == 1
 
 
-@pytest.mark.parametrize("activation", [jax.nn.relu, jnp.tanh])
+SLOPE = jnp.float32(0.3)
+SLOPES = jnp.linspace(-1, 1, 10, dtype=jnp.float32)
+
+
+@pytest.mark.parametrize(
+    "activation",
+    [
+        jax.nn.relu,
+        jnp.arctan,  # no chip's kernel has it
+        lambda a: jnp.where(a > 0, a, SLOPE * a),
+        lambda a: jnp.where(a > 0, a, SLOPES * a),
+    ],
+)
 def test_any_activation(activation):
     x, routing, ws, _ = case("plain")
     operands = x, routing.weights, *ws
@@ -344,6 +356,51 @@ def test_any_activation(activation):
     want = jax.jit(jax.grad(total(moe_mlp_reference), range(4)))(*operands)
     for a, b in zip(got, want, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "shape"), [("plain", ()), ("by_expert", (10,))])
+def test_an_activation_that_is_learned(name, shape):
+    """Of a slope per hidden unit, or one of all: its gradient too, and vmap over it."""
+    x, routing, ws, dy = case(name)
+    slope = jnp.full(shape, 0.3)
+
+    def loss(fn, slope, *operands):
+        activation = lambda a: jnp.where(a > 0, a, slope * a)
+        layer = layer_of(fn, routing, activation=activation)
+        return jnp.sum(layer(*operands) * dy)
+
+    operands = slope, x, routing.weights, *ws
+    every = range(len(operands))
+    gradients = {
+        fn: jax.jit(jax.grad(functools.partial(loss, fn), every))
+        for fn in (moe_mlp, moe_mlp_reference)
+    }
+    got, want = (fn(*operands) for fn in gradients.values())
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+    eager = jax.grad(loss, 1)(moe_mlp, *operands)
+    np.testing.assert_allclose(eager, want[0], rtol=1e-4, atol=1e-5)
+    mapped = jax.vmap(gradients[moe_mlp], (0, *[None] * len(operands[1:])))
+    [many, *_] = mapped(jnp.stack([slope, 2 * slope]), *operands[1:])
+    np.testing.assert_allclose(many[0], want[0], rtol=1e-4, atol=1e-5)
+
+
+def test_explain_says_which_activation_the_kernels_take():
+    x, routing, ws, _ = case("plain")
+    args = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (x, *ws)]
+
+    def text(activation):
+        call = functools.partial(moe_mlp, activation=activation)
+        layer = lambda x, w_in, w_out: call(
+            x, routing, w_in, w_out, implementation="mosaic_tpu"
+        )
+        device = jax.sharding.AbstractDevice("TPU v5e", 1, platform="tpu")
+        mesh = jax.sharding.AbstractMesh((), (), abstract_device=device)
+        with jax.sharding.use_abstract_mesh(mesh):
+            return sj.explain(layer, *args)
+
+    assert "in two kernels" in text(jax.nn.silu)
+    assert "grouped products; rows are gathered" in text(jnp.arctan)
 
 
 def test_master_weights_get_their_gradients_unrounded():

@@ -163,7 +163,7 @@ def test_nan_of_one_token_and_one_gate_stay_there(interpret):
     np.testing.assert_array_equal(np.delete(z, at, 0), np.delete(clean_z, at, 0))
 
 
-ALPHA, EIGHT = jnp.float32(1.5), np.ones(8, np.float32)
+ALPHA, SLOPES = jnp.float32(1.5), np.ones(64, np.float32)
 
 
 @jax.custom_jvp
@@ -203,8 +203,8 @@ def test_activations(name, interpret):
         (jnp.cumsum, "activation makes .*|activation has .*cumsum"),
         (jnp.sin, "activation has sin, needs"),
         (lambda x: jax.lax.fori_loop(0, 2, lambda i, y: jnp.tanh(y), x), "has scan"),
-        (lambda x: x * jnp.arange(8.0), "has iota|has a captured array"),
-        (lambda x: x * EIGHT, "activation has a captured array"),
+        (lambda x: x * jnp.arange(64.0), "has iota|has a captured array"),
+        (lambda x: x * SLOPES, "activation has a captured array"),
         (lambda x: x[:, :4], r"activation makes .*\(8, 4\), 'float32'.*needs one"),
         (lambda x: x.astype("bfloat16"), "activation makes .*'bfloat16'"),
         (lambda x: (x, x), "activation makes"),

@@ -432,10 +432,16 @@ def test_the_pairs_meet_every_rule():
     assert {name for _, name in PAIRS} == set(RULES)
 
 
+# Rounding beyond that of the update itself: Muon's five Newton-Schulz steps magnify
+# that of the matrix, schedule-free's update is the difference of two parameters.
+ROUNDING = {"muon": 3e-7, "schedule_free_adamw": 5e-7}
+
+
 @pytest.mark.parametrize("inner_name, name", PAIRS)
 def test_kept_updates_are_the_inner_optimizers(inner_name, name):
     inner = INNER[inner_name]()
     tx = transforms.sparsify(inner, UPDATERS[name][0]())
+    close = dict(rtol=3e-6, atol=ROUNDING.get(inner_name, 1e-8))
 
     @jax.jit
     def oracle(grads, state, params, old, new):
@@ -456,7 +462,7 @@ def test_kept_updates_are_the_inner_optimizers(inner_name, name):
             *map(jax.tree.leaves, (updates, want, full)), strict=True
         ):
             np.testing.assert_allclose(
-                got[mask], expected[mask], rtol=3e-6, atol=1e-8, err_msg=str(step)
+                got[mask], expected[mask], err_msg=str(step), **close
             )
 
 
