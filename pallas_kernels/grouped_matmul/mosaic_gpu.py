@@ -337,6 +337,8 @@ def persistent(
     ``buffers`` are the shapes of one step's pieces, in the operands' dtype; ``tile`` is
     the shape of a tile and ``sums`` how many such are summed up.
     """
+    if stages < 2:  # one step's buffers are let go of during the next
+        raise ValueError(f"config.stages: got {stages}, needed at least 2")
 
     def body(*refs):
         *refs, full, free = refs

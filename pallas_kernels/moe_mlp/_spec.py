@@ -61,7 +61,7 @@ class Config:
     tile_k, tile_n: rows and columns of a matrix that it holds.
     rows: TPU: choices of a tile that go through the inner step at a time.
     vmem: TPU: bytes that the kernel may take of VMEM.
-    stages: GPU: depth of the copy pipeline.
+    stages: GPU: depth of the copy pipeline, at least 2.
     group: GPU: tiles of choices that programs take together, for L2.
     programs: GPU: persistent programs, one per multiprocessor.
     """

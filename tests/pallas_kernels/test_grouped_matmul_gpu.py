@@ -160,6 +160,12 @@ def test_runs_are_bit_identical_and_new_sizes_do_not_retrace(op, interpret):
     assert not np.array_equal(first, other)
 
 
+@pytest.mark.parametrize("op", OPS)
+def test_one_stage_would_wait_for_ever(op):
+    with pytest.raises(ValueError, match="config.stages: got 1, needed at least 2"):
+        Case([40, 31], 9, 64, 64).run(op, None, stages=1)
+
+
 # Sizes that do not fit do what the operator says of traced ones: never NaN, never a
 # row of another place.
 def test_sizes_are_clipped():
