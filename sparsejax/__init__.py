@@ -1,11 +1,11 @@
 """sparsejax: sparse models in JAX, from masks to kernels.
 
 ``layouts`` and ``masks`` say what is kept, ``routing`` which expert serves which token,
-``ops`` multiplies; ``pruning`` chooses once, ``schedules``, ``transforms`` (optax) and
-``topology`` during training, where ``straight_through`` changes what the forward pass
-sees; ``averaging`` joins sparse models, ``upcycling`` makes experts of a dense one;
-``layers`` with ``nnx`` and ``linen`` (Flax) are the modules, ``checkpoint`` (orbax)
-saves a run.
+``structured`` how a matrix is made of factors, ``ops`` multiplies; ``pruning`` chooses
+once, ``schedules``, ``transforms`` (optax) and ``topology`` during training, where
+``straight_through`` changes what the forward pass sees; ``averaging`` joins sparse
+models, ``upcycling`` makes experts of a dense one; ``layers`` with ``nnx`` and
+``linen`` (Flax) are the modules, ``checkpoint`` (orbax) saves a run.
 """
 
 import importlib
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from sparsejax import routing as routing
     from sparsejax import schedules as schedules
     from sparsejax import straight_through as straight_through
+    from sparsejax import structured as structured
     from sparsejax import topology as topology
     from sparsejax import transforms as transforms
     from sparsejax import upcycling as upcycling
@@ -46,6 +47,7 @@ _SUBPACKAGES = (
     "routing",
     "schedules",
     "straight_through",
+    "structured",
     "topology",
     "transforms",
     "upcycling",

@@ -22,6 +22,7 @@ PACKAGES = [
     "routing",
     "schedules",
     "straight_through",
+    "structured",
     "topology",
     "transforms",
     "upcycling",
