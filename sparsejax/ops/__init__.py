@@ -14,6 +14,10 @@ from sparsejax.ops._block_sparse_matmul import sampled_matmul as sampled_matmul
 from sparsejax.ops._block_sparse_matmul import (
     sampled_matmul_reference as sampled_matmul_reference,
 )
+from sparsejax.ops._butterfly_matmul import butterfly_matmul as butterfly_matmul
+from sparsejax.ops._butterfly_matmul import (
+    butterfly_matmul_reference as butterfly_matmul_reference,
+)
 from sparsejax.ops._expert_parallel import (
     expert_parallel_moe_mlp as expert_parallel_moe_mlp,
 )
@@ -31,23 +35,39 @@ from sparsejax.ops._grouped_matmul import (
 from sparsejax.ops._grouped_matmul import (
     transposed_grouped_matmul_reference as transposed_grouped_matmul_reference,
 )
+from sparsejax.ops._kronecker_sparse_matmul import (
+    kronecker_sparse_matmul as kronecker_sparse_matmul,
+)
+from sparsejax.ops._kronecker_sparse_matmul import (
+    kronecker_sparse_matmul_reference as kronecker_sparse_matmul_reference,
+)
 from sparsejax.ops._masked_matmul import masked_matmul as masked_matmul
 from sparsejax.ops._moe_mlp import moe_mlp as moe_mlp
 from sparsejax.ops._moe_mlp import moe_mlp_reference as moe_mlp_reference
+from sparsejax.ops._monarch_matmul import monarch_matmul as monarch_matmul
+from sparsejax.ops._monarch_matmul import (
+    monarch_matmul_reference as monarch_matmul_reference,
+)
 from sparsejax.ops._nm_matmul import nm_matmul as nm_matmul
 from sparsejax.ops._nm_matmul import nm_matmul_reference as nm_matmul_reference
 
 __all__ = [
     "block_sparse_matmul",
     "block_sparse_matmul_reference",
+    "butterfly_matmul",
+    "butterfly_matmul_reference",
     "expert_parallel_moe_mlp",
     "fan_in_matmul",
     "fan_in_matmul_reference",
     "grouped_matmul",
     "grouped_matmul_reference",
+    "kronecker_sparse_matmul",
+    "kronecker_sparse_matmul_reference",
     "masked_matmul",
     "moe_mlp",
     "moe_mlp_reference",
+    "monarch_matmul",
+    "monarch_matmul_reference",
     "nm_matmul",
     "nm_matmul_reference",
     "sampled_matmul",

@@ -1,0 +1,110 @@
+"""monarch_matmul: the product with two factors and the shuffle between them."""
+
+import functools
+
+import jax
+from jaxtyping import Array, Shaped
+
+from sparsejax._dispatch import Choice
+from sparsejax.ops import _kronecker_sparse_matmul as kronecker
+from sparsejax.ops._kronecker_sparse_matmul import (
+    check_fits,
+    check_sizes,
+    compute_dtype,
+    kronecker_sparse_matmul_reference,
+    over_rows,
+    static_of,
+)
+
+
+def monarch_matmul(
+    x: Shaped[Array, "..."],
+    left: Shaped[Array, "..."],
+    right: Shaped[Array, "..."],
+    *,
+    out_size: int | None = None,
+    dtype: jax.typing.DTypeLike | None = None,
+    implementation: Choice = None,
+) -> Shaped[Array, "..."]:
+    """Multiplies by a Monarch matrix: two block-diagonals, shuffled.
+
+    ``h[..., (k q)] = sum_p x[..., (k p)] left[k, 0, p, q]``, whose entries, read as
+    ``(r l)``, give ``y[..., (s l)] = sum_r h[..., (r l)] right[0, l, r, s]``. Of a
+    square matrix with k = l blocks the work is ``2 / k`` of the dense product's.
+
+    Args:
+      x: Activations ``[..., n]``, n at most ``k * p``: filled up with zeros; float32,
+        bfloat16, float16 (float64 on CPU).
+      left: The first factor ``[k, 1, p, q]``.
+      right: The second ``[1, l, r, s]``, with ``r * l == k * q``.
+      out_size: Entries of y to keep; default all ``s * l``.
+      dtype: In which to multiply, and that of y; default, the promoted dtype. Sums are
+        float32 in any case, and gradients of float32 factors come out unrounded.
+      implementation: "xla", "mosaic_tpu" or "mosaic_gpu"; None chooses and always
+        works. A named implementation never falls back.
+
+    Returns:
+      y ``[..., out_size]``.
+
+    Raises:
+      ValueError: Shapes or dtypes do not fit; the implementation's name is unknown.
+      NotImplementedError: The named implementation does not serve these shapes, this
+        dtype or this platform.
+
+    Example:
+      >>> left = jnp.ones((2, 1, 2, 2))  # sums of halves, each twice
+      >>> right = jnp.array([[[[1.0], [1.0]], [[1.0], [-1.0]]]])  # [1, 2, 2, 1]
+      >>> x = jnp.array([1.0, 2.0, 3.0, 4.0])
+      >>> print(sparsejax.ops.monarch_matmul(x, left, right))
+      [10. -4.]
+
+    References:
+      Dao et al., `Monarch: Expressive Structured Matrices for Efficient and Accurate
+      Training <https://arxiv.org/abs/2204.00595>`_, 2022.
+
+    Note:
+      Reverse mode to any order, in x and both factors; the backward pass computes h
+      again. Forward mode raises JAX's error for ``custom_vjp``;
+      ``monarch_matmul_reference`` has it.
+    """
+    _check_factors(left, right)
+    out_size = check_sizes(x, (left, right), out_size)
+    compute = compute_dtype(dtype, x=x, left=left, right=right)
+    apply = functools.partial(monarch, implementation, compute)
+    return over_rows(apply, x, (left, right), out_size)
+
+
+def monarch_matmul_reference(
+    x: Shaped[Array, "..."],
+    left: Shaped[Array, "..."],
+    right: Shaped[Array, "..."],
+    *,
+    out_size: int | None = None,
+) -> Shaped[Array, "..."]:
+    """The equation of ``monarch_matmul``, as two einsums.
+
+    Differentiable in both modes; takes complex numbers too.
+    """
+    _check_factors(left, right)
+    h = kronecker_sparse_matmul_reference(x, left)
+    return kronecker_sparse_matmul_reference(h, right, out_size=out_size)
+
+
+def _check_factors(left, right):
+    check_fits(left, None, "left")
+    check_fits(right, None, "right")
+    if left.shape[1] != 1:
+        raise ValueError(f"left: got shape {left.shape}, needed [k, 1, p, q]")
+    (k, _, _, q), (one, l, r, _) = left.shape, right.shape
+    if one != 1 or r * l != k * q:
+        raise ValueError(
+            f"right: got shape {right.shape}, needed [1, l, r, s] with r * l == {k * q}"
+            f", which left of shape {left.shape} gives"
+        )
+
+
+def monarch(choice, compute, x, left, right):
+    """Of rows [m, k * p], all of y."""
+    first, second = (static_of(choice, compute, factor) for factor in (left, right))
+    h = kronecker.product(first, x, left, None)
+    return kronecker.product(second, h, right, None)
