@@ -1,0 +1,1 @@
+"""Products with a Kronecker-sparse factor: ``product`` and ``sampled``."""

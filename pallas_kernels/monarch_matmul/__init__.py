@@ -1,0 +1,1 @@
+"""Product with a Monarch matrix, both factors in one kernel: ``product``."""

@@ -1,0 +1,217 @@
+"""What the Monarch kernels take, and their tile sizes. Pure Python on shapes.
+
+Every backend file has the same function.
+
+``product(x, left, right, *, config, interpret)`` -> y
+    x       [m, k * p]                  m >= 1
+    left    [k, 1, p, q]                dtype of x
+    right   [1, l, r, s]                dtype of x; k * q == r * l
+    y       [m, s * l]                  dtype of x
+
+        h[:, (i, u)] = sum over j of x[:, (i, j)] left[i, 0, j, u]
+        y[:, (o, t)] = sum over v of h[:, (v, t)] right[0, t, v, o]
+
+where h's columns are (i u) with i < k and u < q, read again as (v t) with v < r and t <
+l. Sums are float32, h is rounded to x's dtype, and never in HBM.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """The static facts by which a backend accepts a product and picks its tiles.
+
+    ``op`` is "monarch".
+    """
+
+    op: str
+    rows: int
+    k: int
+    p: int
+    q: int
+    l: int  # noqa: E741
+    r: int
+    s: int
+    dtype: str
+
+    def __str__(self):
+        return (
+            f"{self.op}: {self.rows} rows, {self.k * self.p}x{self.s * self.l} matrix: "
+            f"{self.k} blocks of {self.p}x{self.q}, {self.l} of {self.r}x{self.s}, "
+            f"{self.dtype}"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Tile sizes of one kernel call.
+
+    tile_m: rows of x (and y) that one program instance holds.
+    rows: TPU: rows of a tile that go through the inner step at a time.
+    vmem: TPU: bytes that the kernel may take of VMEM.
+    """
+
+    tile_m: int
+    rows: int = 128
+    vmem: int = 0
+
+
+# --- TPU: Pallas Mosaic -------------------------------------------------------------
+
+# VMEM of one core in MiB, less what the compiler keeps for itself. Where the chip is
+# not known yet the tiles must fit the smallest.
+TPU_VMEM = {"v4": 13, "v5e": 100, "v5p": 52, "v6e": 100, "tpu7x": 52, None: 13}
+TPU_LANES = 128
+# What the compiler keeps in VMEM beside the buffers asked for: spills, constants.
+TPU_SLACK = 2 * 2**20
+# Multiplications with zeros for each one asked for, by the kernel and its padding, up
+# to which two kernels with h in HBM between them cost more.
+_TPU_WASTE = 16
+# Products of one row chunk, which the kernel spells all out.
+_TPU_PRODUCTS = 1024
+
+
+class Panels(NamedTuple):
+    """How the TPU kernel lays columns out in panels of 128 lanes.
+
+    rank: columns that a block of left gives each t, with padding: q = rank * l.
+    swap: panels of h that change places with as many groups of lanes.
+    wide_p: rows of a block of left, with those that meet other blocks' columns.
+    copy_x: x's columns are padded in HBM.
+    wide_s: columns of a block of right, likewise.
+    swap_y: panels of y that change places with as many groups of lanes; 0: y is
+        written with t outermost and transposed in HBM.
+    """
+
+    rank: int
+    swap: int
+    wide_p: int
+    copy_x: bool
+    wide_s: int
+    swap_y: int
+
+
+def panels_mosaic_tpu(problem: Problem) -> Panels:
+    """The layout of least padding. Needs q to be a multiple of l."""
+    k, p, l, s = problem.k, problem.p, problem.l, problem.s  # noqa: E741
+    least = problem.q // l
+    rank = _up(least)
+    swap = 1
+    for groups in (128, 64, 32, 16, 8, 4, 2):
+        if TPU_LANES // groups >= least and not (l % groups or k % groups):
+            rank, swap = TPU_LANES // groups, groups
+            break
+    # Columns of several blocks of x in one panel: no copy, the others' rows are zero.
+    copy_x = p % TPU_LANES > 0 and (TPU_LANES % p > 0 or k * p % TPU_LANES > 0)
+    share = TPU_LANES // s if TPU_LANES % s == 0 else 1
+    swap_y = 0
+    if l % TPU_LANES == 0 and s % TPU_LANES == 0:
+        swap_y = TPU_LANES
+    elif TPU_LANES % l == 0 and l % share == 0 and s * share % TPU_LANES == 0:
+        swap_y = l // share
+    return Panels(rank, swap, _up(p), copy_x, _up(s), swap_y)
+
+
+def check_mosaic_tpu(problem: Problem, chip: str | None) -> None:
+    """Raises NotImplementedError where the TPU kernel does not serve the problem.
+
+    Args:
+        problem: the product asked for.
+        chip: "v4", "v5e", "v5p", "v6e", "tpu7x", another chip's name, or None where it
+            is not known yet.
+    """
+    if chip not in TPU_VMEM:
+        served = ", ".join(name for name in TPU_VMEM if name)
+        raise NotImplementedError(f"mosaic_tpu: chip is {chip}, needs one of {served}")
+    if problem.dtype not in ("bfloat16", "float32"):
+        raise NotImplementedError(
+            f"mosaic_tpu: dtype is {problem.dtype}, needs bfloat16 or float32"
+        )
+    for name in ("rows", "k", "p", "q", "l", "r", "s"):
+        if getattr(problem, name) < 1:
+            raise NotImplementedError(
+                f"mosaic_tpu: {name} is {getattr(problem, name)}, needs at least 1"
+            )
+    if problem.q % problem.l:
+        raise NotImplementedError(
+            f"mosaic_tpu: q is {problem.q}, needs a multiple of l={problem.l}"
+        )
+    panels = panels_mosaic_tpu(problem)
+    left, right = _entries_mosaic_tpu(problem)
+    true = problem.k * problem.p * problem.q + problem.l * problem.r * problem.s
+    if left + right > _TPU_WASTE * true:
+        raise NotImplementedError(
+            f"mosaic_tpu: q is {problem.q} for k={problem.k}, l={problem.l}, which the "
+            f"kernel pads to {panels.rank * problem.l} and blocks to {panels.wide_p} "
+            f"rows, needs at most {_TPU_WASTE} times the multiplications"
+        )
+    products = (left + right) // TPU_LANES**2
+    if products > _TPU_PRODUCTS:
+        raise NotImplementedError(
+            f"mosaic_tpu: the factors have {products} panels of 128 x 128, needs at "
+            f"most {_TPU_PRODUCTS}"
+        )
+    needed, room = config_mosaic_tpu(problem, chip).vmem, TPU_VMEM[chip] * 2**20
+    if needed > room:
+        raise NotImplementedError(
+            f"mosaic_tpu: both factors and 16 rows need {needed} bytes of VMEM, "
+            f"{chip or 'the smallest chip'} has {room}"
+        )
+
+
+def config_mosaic_tpu(problem: Problem, chip: str | None) -> Config:
+    """Picks the tallest tile that fits beside both factors, which stay in VMEM."""
+    room = TPU_VMEM.get(chip, TPU_VMEM[None]) * 2**20
+    rows = -(-problem.rows // 16) * 16
+    config = Config(tile_m=16)
+    for tile_m in (512, 256, 128, 64, 32, 16):
+        if tile_m >= 2 * rows > 32:
+            continue
+        config = Config(tile_m, rows=min(tile_m, 128))
+        config = dataclasses.replace(config, vmem=vmem_mosaic_tpu(problem, config))
+        if config.vmem <= room:
+            break
+    return config
+
+
+def _entries_mosaic_tpu(problem: Problem) -> tuple[int, int]:
+    """Entries of left and of right as the kernel holds them."""
+    panels = panels_mosaic_tpu(problem)
+    inner = problem.k * problem.l * panels.rank
+    return panels.wide_p * inner, inner * panels.wide_s
+
+
+def vmem_mosaic_tpu(problem: Problem, config: Config) -> int:
+    """Bytes of VMEM that the kernel asks for."""
+    item = 2 if problem.dtype == "bfloat16" else 4
+    panels = panels_mosaic_tpu(problem)
+    columns = problem.k * (panels.wide_p if panels.copy_x else problem.p)
+    columns += problem.l * (problem.s if panels.swap_y else panels.wide_s)
+    # h and y of the rows at work.
+    inner = problem.k * problem.l * panels.rank + problem.l * panels.wide_s
+    total = sum(_entries_mosaic_tpu(problem))
+    total += 2 * config.tile_m * columns + config.rows * inner
+    return total * item + TPU_SLACK
+
+
+def _up(size: int) -> int:
+    """The next multiple of the lanes."""
+    return -(-size // TPU_LANES) * TPU_LANES
+
+
+# --- GPU: Pallas Mosaic, Hopper -----------------------------------------------------
+
+
+def check_mosaic_gpu(problem: Problem, chip: str | None) -> None:
+    """Raises NotImplementedError where the Hopper kernel does not serve the problem.
+
+    Args:
+        problem: the product asked for.
+        chip: "h100", "h200", another chip's name, or None where it is not known yet.
+    """
+    del chip
+    raise NotImplementedError(
+        f"mosaic_gpu: op is {problem.op}, needs another: there is no such kernel yet"
+    )
