@@ -44,7 +44,7 @@ from pallas_kernels.grouped_matmul._spec import Config
 # Warpgroups that compute; one more copies.
 COMPUTE = 2
 # Registers per thread: 64 K of them are shared by 128 threads of each warpgroup.
-_COPY_REGISTERS, _COMPUTE_REGISTERS = 40, 232
+COPY_REGISTERS, COMPUTE_REGISTERS = 40, 232
 # Rows that a swizzled tile in SMEM is high; copies start at a multiple.
 ROWS = 8
 
@@ -163,7 +163,7 @@ def sampled(
         def place(number):
             group = lax.div(number, jnp.int32(down * across))
             rest = number - group * (down * across)
-            where = _row_and_column(rest, jnp.int32(down), across, config.group)
+            where = row_and_column(rest, jnp.int32(down), across, config.group)
             first, last = first_gmem[group], last_gmem[group]
             return Tile(group, lax.div(first, jnp.int32(ROWS)), first, last, *where)
 
@@ -199,7 +199,7 @@ def sampled(
         def finish(tile, results):
             at = tile.row * tile_k + row, tile.column * tile_n + column
             result, mine = results[0].astype(dtype), pieces.at[warpgroup]
-            _store(result, out_gmem.at[tile.group], *at, mine)
+            store(result, out_gmem.at[tile.group], *at, mine)
 
         total = jnp.int32(groups * down * across)
         return Plan(total, place, steps, fetch, multiply, finish)
@@ -353,7 +353,7 @@ def persistent(
             lax.fori_loop(jnp.int32(0), mine, one, jnp.int32(0))
 
         def copy():
-            plgpu.set_max_registers(_COPY_REGISTERS, action="decrease")
+            plgpu.set_max_registers(COPY_REGISTERS, action="decrease")
 
             def visit(tile, step):
                 def one(i, step):
@@ -372,7 +372,7 @@ def persistent(
                 plgpu.barrier_wait(free.at[slot])
 
         def compute():
-            plgpu.set_max_registers(_COMPUTE_REGISTERS, action="increase")
+            plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
             *_, shape = share(*tile)
             for slot in range(stages):
                 plgpu.barrier_arrive(free.at[slot])
@@ -408,6 +408,24 @@ def persistent(
 
         lax.cond(lax.axis_index("warpgroup") < COMPUTE, compute, copy)
 
+    return launch(
+        body,
+        operands,
+        name=name,
+        out_type=out_type,
+        scratch=[
+            *scratch,
+            *(plgpu.SMEM((stages, *shape), operands[0].dtype) for shape in buffers),
+            plgpu.Barrier(num_arrivals=len(buffers), num_barriers=stages),
+            plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=stages),
+        ],
+        programs=programs,
+        interpret=interpret,
+    )
+
+
+def launch(body, operands, *, name, out_type, scratch, programs: int, interpret):
+    """Runs ``body(*operand refs, output ref, *scratch refs)`` in each program."""
     kwargs = {}
     if interpret:
         # Simulates the warpgroups, TMA and barriers on the CPU; not in jax 0.10.
@@ -418,12 +436,7 @@ def persistent(
     out = plgpu.kernel(
         body,
         out_type=out_type,
-        scratch_types=[
-            *scratch,
-            *(plgpu.SMEM((stages, *shape), operands[0].dtype) for shape in buffers),
-            plgpu.Barrier(num_arrivals=len(buffers), num_barriers=stages),
-            plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=stages),
-        ],
+        scratch_types=scratch,
         grid=(programs,),
         grid_names=("program",),
         num_threads=COMPUTE + 1,
@@ -443,14 +456,14 @@ def places(tiles_gmem, count_gmem, columns: int, group: int):
     rows = count_gmem[0]
 
     def place(number):
-        row, column = _row_and_column(number, rows, columns, group)
+        row, column = row_and_column(number, rows, columns, group)
         listed = [tiles_gmem[row, field] for field in range(4)]
         return Tile(*listed, row=row, column=column)
 
     return rows * columns, place
 
 
-def _row_and_column(number, rows, columns: int, group: int):
+def row_and_column(number, rows, columns: int, group: int):
     """Place of a tile: strips of ``group`` row tiles, each column by column."""
     strip = lax.div(number, jnp.int32(group * columns))
     rest = number - strip * (group * columns)
@@ -458,7 +471,7 @@ def _row_and_column(number, rows, columns: int, group: int):
     return strip * group + lax.rem(rest, height), lax.div(rest, height)
 
 
-def _store(result, out_gmem, row, column, pieces):
+def store(result, out_gmem, row, column, pieces):
     """Stores a result at (row, column), piece by piece."""
     slots = pieces.shape[0]
     for number, c in enumerate(range(0, result.shape[1], _PIECE)):
@@ -489,7 +502,7 @@ def store_rows(result, y_gmem, row, column, tile: Tile, pieces):
 
         @pl.when(mine & (size == _PIECE))
         def _(whole_smem=whole_smem):
-            _store(result, y_gmem, row, column, whole_smem)
+            store(result, y_gmem, row, column, whole_smem)
 
         @pl.when(mine & (0 < size) & (size < _PIECE))
         def _(part_smem=part_smem):
