@@ -1,11 +1,14 @@
 """kronecker_sparse_matmul: the product with one Kronecker-sparse factor."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Shaped
 
+from pallas_kernels.kronecker_sparse_matmul import _spec
+from pallas_kernels.kronecker_sparse_matmul._spec import Problem
 from sparsejax import _dispatch
 from sparsejax._dispatch import Choice, Implementation
 from sparsejax.ops import _kronecker_sparse_xla
@@ -210,18 +213,6 @@ def _call(how, x, other):
     return batched_by_loop(call, more_rows=op != SAMPLED)(x, other)
 
 
-@dataclasses.dataclass(frozen=True)
-class Problem:
-    op: str
-    rows: int
-    a: int
-    b: int
-    c: int
-    d: int
-    dtype: str
-    out_dtype: str
-
-
 def _problem(op, out, x, pattern):
     return Problem(
         op="kronecker_sampled" if op == SAMPLED else "kronecker",
@@ -241,8 +232,39 @@ def _run_xla(problem, chip, interpret, x, other):
     return _kronecker_sparse_xla.sampled(x, other, pattern=pattern, dtype=out)
 
 
+def _kernels(name):
+    """The kernels' file of an implementation and how it picks tiles, loaded if used."""
+    if name == "mosaic_tpu":
+        from pallas_kernels.kronecker_sparse_matmul import mosaic_tpu
+
+        return mosaic_tpu, _spec.config_mosaic_tpu
+    from pallas_kernels.kronecker_sparse_matmul import mosaic_gpu
+
+    return mosaic_gpu, _spec.config_mosaic_gpu
+
+
+def _run_kernel(name, problem, chip, interpret, x, other):
+    kernels, config = _kernels(name)
+    how = dict(config=config(problem, chip), interpret=interpret)
+    if problem.op == "kronecker":
+        return kernels.product(x, other, **how)
+    pattern = problem.a, problem.b, problem.c, problem.d
+    out = jnp.dtype(problem.out_dtype)
+    return kernels.sampled(x, other, pattern=pattern, dtype=out, **how)
+
+
 def _anything(problem, chip):
     """XLA takes every problem."""
 
 
-KRONECKER = {"xla": Implementation("xla", None, _anything, _run_xla)}
+KRONECKER = {
+    "xla": Implementation("xla", None, _anything, _run_xla),
+    # Hopper only: not offered to a GPU of which nothing is known.
+    "mosaic_gpu": Implementation(
+        "mosaic_gpu",
+        "cuda",
+        _spec.check_mosaic_gpu,
+        functools.partial(_run_kernel, "mosaic_gpu"),
+        needs_chip=True,
+    ),
+}

@@ -1,12 +1,17 @@
 """monarch_matmul: the product with two factors and the shuffle between them."""
 
+import dataclasses
 import functools
 
 import jax
 from jaxtyping import Array, Shaped
 
-from sparsejax._dispatch import Choice
+from pallas_kernels.monarch_matmul import _spec
+from pallas_kernels.monarch_matmul._spec import Problem
+from sparsejax import _dispatch
+from sparsejax._dispatch import Choice, Implementation
 from sparsejax.ops import _kronecker_sparse_matmul as kronecker
+from sparsejax.ops import _kronecker_sparse_xla
 from sparsejax.ops._kronecker_sparse_matmul import (
     check_fits,
     check_sizes,
@@ -15,6 +20,7 @@ from sparsejax.ops._kronecker_sparse_matmul import (
     over_rows,
     static_of,
 )
+from sparsejax.ops._products import batched_by_loop
 
 
 def monarch_matmul(
@@ -103,8 +109,88 @@ def _check_factors(left, right):
         )
 
 
+# --- The product and its derivative ---------------------------------------------------
+
+
 def monarch(choice, compute, x, left, right):
     """Of rows [m, k * p], all of y."""
-    first, second = (static_of(choice, compute, factor) for factor in (left, right))
-    h = kronecker.product(first, x, left, None)
-    return kronecker.product(second, h, right, None)
+    statics = tuple(static_of(choice, compute, factor) for factor in (left, right))
+    return _product(statics, x, left, right)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _product(statics, x, left, right):
+    choice, compute = statics[0].choice, statics[0].compute
+    return _call(choice, *(a.astype(compute) for a in (x, left, right)))
+
+
+def _product_fwd(statics, *operands):
+    return _product(statics, *operands), operands
+
+
+def _product_bwd(statics, operands, dy):
+    """By the products of one factor, so that it can be differentiated in turn.
+
+    h is computed again: a sixth of the work of all three passes, where keeping it would
+    double what a layer holds for its backward pass.
+    """
+    (first, second), (x, left, right) = statics, operands
+    h, vjp = jax.vjp(lambda x, left: kronecker.product(first, x, left, None), x, left)
+    second = dataclasses.replace(second, out=right.dtype)
+    dright = kronecker.sampled(second, h, dy, None)
+    return *vjp(kronecker.transposed(second, dy, right, None)), dright
+
+
+_product.defvjp(_product_fwd, _product_bwd)
+
+
+@_dispatch.jit
+def _call(choice, x, left, right):
+    def call(x, left, right):
+        problem = _problem(x, left, right)
+        return _dispatch.call(MONARCH, choice, problem, x, left, right)
+
+    return batched_by_loop(call, more_rows=True)(x, left, right)
+
+
+def _problem(x, left, right):
+    (k, _, p, q), (_, l, r, s) = left.shape, right.shape
+    return Problem("monarch", x.shape[0], k, p, q, l, r, s, x.dtype.name)
+
+
+def _run_xla(problem, chip, interpret, x, left, right):
+    del problem, chip, interpret
+    return _kronecker_sparse_xla.product(_kronecker_sparse_xla.product(x, left), right)
+
+
+def _kernel(name):
+    """The kernel of an implementation and how it picks tiles, loaded if used."""
+    if name == "mosaic_tpu":
+        from pallas_kernels.monarch_matmul import mosaic_tpu
+
+        return mosaic_tpu.product, _spec.config_mosaic_tpu
+    from pallas_kernels.monarch_matmul import mosaic_gpu
+
+    return mosaic_gpu.product, _spec.config_mosaic_gpu
+
+
+def _run_kernel(name, problem, chip, interpret, *arrays):
+    product, config = _kernel(name)
+    return product(*arrays, config=config(problem, chip), interpret=interpret)
+
+
+def _anything(problem, chip):
+    """XLA takes every problem."""
+
+
+MONARCH = {
+    "xla": Implementation("xla", None, _anything, _run_xla),
+    # Hopper only: not offered to a GPU of which nothing is known.
+    "mosaic_gpu": Implementation(
+        "mosaic_gpu",
+        "cuda",
+        _spec.check_mosaic_gpu,
+        functools.partial(_run_kernel, "mosaic_gpu"),
+        needs_chip=True,
+    ),
+}
