@@ -9,6 +9,7 @@ multiplies by them.
 from sparsejax.structured._families import block_diagonal as block_diagonal
 from sparsejax.structured._families import butterfly as butterfly
 from sparsejax.structured._families import monarch as monarch
+from sparsejax.structured._init import init_chain as init_chain
 from sparsejax.structured._pattern import Chain as Chain
 from sparsejax.structured._pattern import Pattern as Pattern
 from sparsejax.structured._pattern import tensor_train as tensor_train
@@ -19,6 +20,7 @@ __all__ = [
     "Pattern",
     "block_diagonal",
     "butterfly",
+    "init_chain",
     "monarch",
     "tensor_train",
     "to_dense",
