@@ -473,11 +473,13 @@ def row_and_column(number, rows, columns: int, group: int):
 
 def store(result, out_gmem, row, column, pieces):
     """Stores a result at (row, column), piece by piece."""
-    slots = pieces.shape[0]
-    for number, c in enumerate(range(0, result.shape[1], _PIECE)):
-        piece = pieces.at[number % slots]
-        # What this slot held may still be read.
-        plgpu.wait_smem_to_gmem(slots - 1, wait_read_only=True)
+    slots, count = pieces.shape[0], result.shape[1] // _PIECE
+    for number in range(count):
+        piece, c = pieces.at[number % slots], number * _PIECE
+        # What this slot held may still be read: by the copy of ``slots`` pieces ago, or
+        # for the first piece by that of the result before which began a round.
+        behind = slots - 1 if number else (count - 1) % slots
+        plgpu.wait_smem_to_gmem(behind, wait_read_only=True)
         piece[...] = result[:, c : c + _PIECE]
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(
