@@ -53,6 +53,9 @@ from sparsejax.layers._linear import (
     init_block_sparse_linear as init_block_sparse_linear,
 )
 from sparsejax.layers._linear import init_masked_linear as init_masked_linear
+from sparsejax.layers._long_conv import LongConvSpec as LongConvSpec
+from sparsejax.layers._long_conv import apply_long_conv as apply_long_conv
+from sparsejax.layers._long_conv import init_long_conv as init_long_conv
 from sparsejax.layers._moe import MoEAux as MoEAux
 from sparsejax.layers._moe import apply_moe as apply_moe
 from sparsejax.layers._moe_spec import MoESpec as MoESpec
@@ -69,6 +72,7 @@ __all__ = [
     "CondensedRegion",
     "FanInLinearSpec",
     "GroupedProjectionSpec",
+    "LongConvSpec",
     "MaskedLinearSpec",
     "MoEAux",
     "MoESpec",
@@ -82,6 +86,7 @@ __all__ = [
     "apply_fan_in_linear",
     "apply_grouped_projection",
     "apply_iso_flop",
+    "apply_long_conv",
     "apply_masked_linear",
     "apply_moe",
     "apply_nm_linear",
@@ -92,6 +97,7 @@ __all__ = [
     "init_fan_in_linear",
     "init_grouped_projection",
     "init_iso_flop",
+    "init_long_conv",
     "init_masked_linear",
     "init_moe",
     "init_nm_linear",

@@ -13,6 +13,7 @@ from sparsejax.linen._iso_flop import SparseParallel as SparseParallel
 from sparsejax.linen._iso_flop import SparseWide as SparseWide
 from sparsejax.linen._linear import BlockSparseLinear as BlockSparseLinear
 from sparsejax.linen._linear import MaskedLinear as MaskedLinear
+from sparsejax.linen._long_conv import LongConv as LongConv
 from sparsejax.linen._moe import GroupedProjection as GroupedProjection
 from sparsejax.linen._moe import MoE as MoE
 
@@ -20,6 +21,7 @@ __all__ = [
     "BlockSparseLinear",
     "FanInLinear",
     "GroupedProjection",
+    "LongConv",
     "MaskedLinear",
     "MoE",
     "NMLinear",

@@ -15,6 +15,7 @@ from sparsejax.nnx._iso_flop import SparseParallel as SparseParallel
 from sparsejax.nnx._iso_flop import SparseWide as SparseWide
 from sparsejax.nnx._linear import BlockSparseLinear as BlockSparseLinear
 from sparsejax.nnx._linear import MaskedLinear as MaskedLinear
+from sparsejax.nnx._long_conv import LongConv as LongConv
 from sparsejax.nnx._moe import Balance as Balance
 from sparsejax.nnx._moe import GroupedProjection as GroupedProjection
 from sparsejax.nnx._moe import MoE as MoE
@@ -30,6 +31,7 @@ __all__ = [
     "GrowthProbe",
     "Indices",
     "Layout",
+    "LongConv",
     "Mask",
     "MaskedLinear",
     "MoE",

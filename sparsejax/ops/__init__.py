@@ -41,6 +41,8 @@ from sparsejax.ops._kronecker_sparse_matmul import (
 from sparsejax.ops._kronecker_sparse_matmul import (
     kronecker_sparse_matmul_reference as kronecker_sparse_matmul_reference,
 )
+from sparsejax.ops._long_conv import long_conv as long_conv
+from sparsejax.ops._long_conv import long_conv_reference as long_conv_reference
 from sparsejax.ops._masked_matmul import masked_matmul as masked_matmul
 from sparsejax.ops._moe_mlp import moe_mlp as moe_mlp
 from sparsejax.ops._moe_mlp import moe_mlp_reference as moe_mlp_reference
@@ -63,6 +65,8 @@ __all__ = [
     "grouped_matmul_reference",
     "kronecker_sparse_matmul",
     "kronecker_sparse_matmul_reference",
+    "long_conv",
+    "long_conv_reference",
     "masked_matmul",
     "moe_mlp",
     "moe_mlp_reference",
