@@ -1,5 +1,6 @@
 """butterfly_matmul: the product with a chain of Kronecker-sparse factors."""
 
+import itertools
 from collections.abc import Sequence
 
 import jax
@@ -15,6 +16,8 @@ from sparsejax.ops._kronecker_sparse_matmul import (
     over_rows,
     static_of,
 )
+from sparsejax.ops._merged_factors import merge, plan
+from sparsejax.ops._monarch_matmul import monarch
 from sparsejax.structured import Pattern
 
 
@@ -30,7 +33,8 @@ def butterfly_matmul(
 
     ``y = x f_1 f_2 ... f_p``, each as ``kronecker_sparse_matmul`` has it: a butterfly
     (factors ``[n / 2 s, s, 2, 2]`` for s = 1, 2, 4 ...), a Monarch matrix of any order,
-    a block tensor train.
+    a block tensor train. Factors with small blocks are multiplied together first where
+    that is quicker: it is at most ``n`` times the work of one row.
 
     Args:
       x: Activations ``[..., n]``, n at most what the first factor takes: filled up with
@@ -74,10 +78,10 @@ def butterfly_matmul(
     compute = compute_dtype(dtype, x=x, **named)
 
     def apply(rows, *factors):
-        for factor in factors:
-            static = static_of(implementation, compute, factor)
-            rows = kronecker.product(static, rows, factor, None)
-        return rows
+        runs = plan([Pattern.of(factor) for factor in factors], rows.shape[0])
+        ends = itertools.accumulate(runs)
+        merged = [merge(factors[e - n : e]) for e, n in zip(ends, runs, strict=True)]
+        return _multiply(implementation, compute, rows, merged)
 
     return over_rows(apply, x, factors, out_size)
 
@@ -98,6 +102,19 @@ def butterfly_matmul_reference(
     for factor in factors:
         x = kronecker_sparse_matmul_reference(x, factor)
     return x[..., :out_size]
+
+
+def _multiply(choice, compute, rows, factors):
+    """Of rows [m, n], all of y; pairs that are a Monarch matrix by its one product."""
+    while factors:
+        one, *factors = factors
+        if factors and one.shape[1] == factors[0].shape[0] == 1:
+            two, *factors = factors
+            rows = monarch(choice, compute, rows, one, two)
+        else:
+            static = static_of(choice, compute, one)
+            rows = kronecker.product(static, rows, one, None)
+    return rows
 
 
 def _check_chain(factors):

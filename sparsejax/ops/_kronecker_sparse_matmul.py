@@ -98,15 +98,10 @@ def kronecker_sparse_matmul_reference(
     check_fits(factor, pattern)
     out_size = check_sizes(x, (factor,), out_size)
     dtype = jnp.promote_types(x.dtype, factor.dtype)
+    wide = accumulator(dtype) if jnp.issubdtype(dtype, jnp.floating) else dtype
     a, d, c, b = factor.shape
-    x = _pad(x, a * c * d).astype(dtype).reshape(*x.shape[:-1], a, c, d)
-    real = jnp.issubdtype(dtype, jnp.floating)
-    y = jnp.einsum(
-        "...ijk,ikjo->...iok",
-        x,
-        factor.astype(dtype),
-        preferred_element_type=accumulator(dtype) if real else dtype,
-    )
+    x = _pad(x, a * c * d).astype(wide).reshape(*x.shape[:-1], a, c, d)
+    y = jnp.einsum("...ijk,ikjo->...iok", x, factor.astype(wide))
     return y.reshape(*x.shape[:-3], -1)[..., :out_size].astype(dtype)
 
 

@@ -160,7 +160,7 @@ def _problem(x, left, right):
 
 def _run_xla(problem, chip, interpret, x, left, right):
     del problem, chip, interpret
-    return _kronecker_sparse_xla.product(_kronecker_sparse_xla.product(x, left), right)
+    return _kronecker_sparse_xla.product(x, left, right)
 
 
 def _kernel(name):

@@ -1,0 +1,80 @@
+"""Factors that follow each other, multiplied together first where that is quicker.
+
+A product with blocks of 2 x 2 reads and writes as much as one with a hundred times the
+multiply-adds, so ten levels of a butterfly of 1024 entries are two factors with blocks
+of 32 x 32 to every backend; of a few rows, one dense matrix or the levels as they are.
+"""
+
+import math
+from collections.abc import Sequence
+
+import jax
+
+from sparsejax.ops._checks import accumulator
+from sparsejax.structured import Pattern, to_dense
+
+# In multiply-adds of a large dense product on one core, measured on a CPU:
+_COPY = 20  # reading or writing an entry of a row between products
+_STEP = 2**20  # starting a product
+_MERGE = 30  # a multiply-add while factors are merged
+
+
+def merge(factors: Sequence[jax.Array]) -> jax.Array:
+    """The one factor that a chain of factors is, of float32 or float64.
+
+    Copies that all of them have side by side, and blocks that all of them interleave,
+    stay apart: of factors (a_t, b_t, c_t, d_t) it has a = gcd(a_t) and d = gcd(d_t).
+    """
+    if len(factors) == 1:
+        return factors[0]
+    whole = merged_pattern([Pattern.of(factor) for factor in factors])
+
+    def parts(factor):  # [a, d, ...] of [a, d, c, b]: the chain of each block
+        a, d, c, b = factor.shape
+        cut = factor.reshape(whole.a, a // whole.a, d // whole.d, whole.d, c, b)
+        return cut.transpose(0, 3, 1, 2, 4, 5).astype(accumulator(factor.dtype))
+
+    return jax.vmap(jax.vmap(lambda *chain: to_dense(chain)))(*map(parts, factors))
+
+
+def merged_pattern(patterns: Sequence[Pattern]) -> Pattern:
+    """That of the one factor."""
+    a, d = (math.gcd(*(getattr(p, name) for p in patterns)) for name in "ad")
+    sizes = patterns[-1].out_size, patterns[0].in_size
+    b, c = (size // (a * d) for size in sizes)
+    return Pattern(a, b, c, d)
+
+
+def plan(patterns: Sequence[Pattern], rows: int) -> tuple[int, ...]:
+    """Lengths of the runs of factors to merge, by the least cost of product and merge.
+
+    Args:
+      patterns: Of the chain's factors.
+      rows: Of x.
+    """
+    best = [(0.0, ())]  # cost and runs of the first so many factors
+    for end in range(1, len(patterns) + 1):
+        ways = [
+            (best[start][0] + cost(patterns[start:end], rows), start)
+            for start in range(end)
+        ]
+        least, start = min(ways)
+        best.append((least, (*best[start][1], end - start)))
+    return best[-1][1]
+
+
+def cost(patterns: Sequence[Pattern], rows: int) -> float:
+    """Of a product with factors merged before, in multiply-adds of a dense product.
+
+    Blocks of a side cost what those of ``block_sparse_matmul`` do.
+    """
+    p = merged_pattern(patterns)
+    side = 2 * p.b * p.c / (p.b + p.c)
+    loops = 1.1 + 55 / side + 250 / side**2
+    total = rows * (
+        math.prod(p.factor_shape) * loops + _COPY * (p.in_size + p.out_size)
+    )
+    if len(patterns) > 1:
+        stored = sum(math.prod(p.factor_shape) for p in patterns)
+        total += _MERGE * p.c * stored + _STEP * len(patterns)
+    return total + _STEP
