@@ -107,9 +107,7 @@ def panels_mosaic_tpu(problem: Problem) -> Panels:
     copy_x = p % TPU_LANES > 0 and (TPU_LANES % p > 0 or k * p % TPU_LANES > 0)
     share = TPU_LANES // s if TPU_LANES % s == 0 else 1
     swap_y = 0
-    if l % TPU_LANES == 0 and s % TPU_LANES == 0:
-        swap_y = TPU_LANES
-    elif TPU_LANES % l == 0 and l % share == 0 and s * share % TPU_LANES == 0:
+    if TPU_LANES % l == 0 and l % share == 0 and s * share % TPU_LANES == 0:
         swap_y = l // share
     return Panels(rank, swap, _up(p), copy_x, _up(s), swap_y)
 
@@ -167,9 +165,9 @@ def config_mosaic_tpu(problem: Problem, chip: str | None) -> Config:
     rows = -(-problem.rows // 16) * 16
     config = Config(tile_m=16)
     for tile_m in (512, 256, 128, 64, 32, 16):
-        if tile_m >= 2 * rows > 32:
+        if tile_m >= 2 * rows and tile_m > 16:
             continue
-        config = Config(tile_m, rows=min(tile_m, 128))
+        config = Config(tile_m, rows=min(tile_m, 256))
         config = dataclasses.replace(config, vmem=vmem_mosaic_tpu(problem, config))
         if config.vmem <= room:
             break
