@@ -10,6 +10,8 @@ What is no chain is a small frozen dataclass with ``shape``, ``params``,
 plain product: ``LowRank``, ``Kronecker`` (also by ``phm``), ``Pixelfly``, ``DenseNM``.
 """
 
+from sparsejax.structured._compare import ProjectionReport as ProjectionReport
+from sparsejax.structured._compare import compare_low_rank as compare_low_rank
 from sparsejax.structured._dense_nm import DenseNM as DenseNM
 from sparsejax.structured._families import block_diagonal as block_diagonal
 from sparsejax.structured._families import butterfly as butterfly
@@ -24,6 +26,7 @@ from sparsejax.structured._pattern import tensor_train as tensor_train
 from sparsejax.structured._pattern import to_dense as to_dense
 from sparsejax.structured._pixelfly import Pixelfly as Pixelfly
 from sparsejax.structured._pixelfly import flat_butterfly as flat_butterfly
+from sparsejax.structured._project import project as project
 from sparsejax.structured._transforms import circulant as circulant
 from sparsejax.structured._transforms import convolution as convolution
 from sparsejax.structured._transforms import dct as dct
@@ -38,9 +41,11 @@ __all__ = [
     "LowRank",
     "Pattern",
     "Pixelfly",
+    "ProjectionReport",
     "block_diagonal",
     "butterfly",
     "circulant",
+    "compare_low_rank",
     "convolution",
     "dct",
     "dft",
@@ -49,6 +54,7 @@ __all__ = [
     "init_chain",
     "monarch",
     "phm",
+    "project",
     "tensor_train",
     "to_dense",
     "toeplitz",
