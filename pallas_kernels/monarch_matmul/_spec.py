@@ -51,11 +51,21 @@ class Config:
     tile_m: rows of x (and y) that one program instance holds.
     rows: TPU: rows of a tile that go through the inner step at a time.
     vmem: TPU: bytes that the kernel may take of VMEM.
+    group: GPU: blocks of right whose part of h a program holds.
+    tile_r, tile_s: GPU: rows and columns of a block of right that a step multiplies.
+    stages, stages_right: GPU: depths of the copy pipelines, at least 2.
+    programs: GPU: persistent programs, one per multiprocessor.
     """
 
     tile_m: int
     rows: int = 128
     vmem: int = 0
+    group: int = 2
+    tile_r: int = 16
+    tile_s: int = 64
+    stages: int = 2
+    stages_right: int = 2
+    programs: int = 1
 
 
 # --- TPU: Pallas Mosaic -------------------------------------------------------------
@@ -201,6 +211,24 @@ def _up(size: int) -> int:
 
 # --- GPU: Pallas Mosaic, Hopper -----------------------------------------------------
 
+# Shared memory that one program can ask for, and what its barriers may take of it.
+_HOPPER_SMEM = 232_448
+_HOPPER_BARRIERS = 1_024
+# Multiprocessors; where the chip is not known yet, those of the chips served.
+_HOPPER_MULTIPROCESSORS = {"h100": 132, "h200": 132, None: 132}
+# Rows of a program, columns of a swizzled tile and what leaves a program at once.
+HOPPER_PIECE = 64
+# What one wgmma contracts: neighbours in SMEM.
+HOPPER_DEPTH = 16
+# Warpgroups that compute, and float32 columns of sums that one can hold of 64 rows.
+_HOPPER_COMPUTE = 2
+_HOPPER_SUMS = 256
+
+
+def fold_mosaic_gpu(width: int) -> int:
+    """Blocks of left that together give what one wgmma contracts."""
+    return max(1, HOPPER_DEPTH // width)
+
 
 def check_mosaic_gpu(problem: Problem, chip: str | None) -> None:
     """Raises NotImplementedError where the Hopper kernel does not serve the problem.
@@ -209,7 +237,93 @@ def check_mosaic_gpu(problem: Problem, chip: str | None) -> None:
         problem: the product asked for.
         chip: "h100", "h200", another chip's name, or None where it is not known yet.
     """
-    del chip
-    raise NotImplementedError(
-        f"mosaic_gpu: op is {problem.op}, needs another: there is no such kernel yet"
+    if problem.dtype not in ("bfloat16", "float16"):
+        raise NotImplementedError(
+            f"mosaic_gpu: dtype is {problem.dtype}, needs bfloat16 or float16"
+        )
+    for name in ("rows", "k", "p", "q", "l", "r", "s"):
+        if getattr(problem, name) < 1:
+            raise NotImplementedError(
+                f"mosaic_gpu: {name} is {getattr(problem, name)}, needs at least 1"
+            )
+    for name in ("p", "s"):
+        size = getattr(problem, name)
+        if size % HOPPER_PIECE:
+            raise NotImplementedError(
+                f"mosaic_gpu: {name} is {size}, needs a multiple of {HOPPER_PIECE}"
+            )
+    if problem.q % problem.l:
+        raise NotImplementedError(
+            f"mosaic_gpu: q is {problem.q}, needs a multiple of l={problem.l}"
+        )
+    width = problem.q // problem.l
+    if HOPPER_DEPTH % width and width % HOPPER_DEPTH:
+        raise NotImplementedError(
+            f"mosaic_gpu: q / l is {width}, needs a divisor or a multiple of "
+            f"{HOPPER_DEPTH}"
+        )
+    fold = fold_mosaic_gpu(width)
+    for name, unit in (("k", fold), ("l", _HOPPER_COMPUTE * fold)):
+        size = getattr(problem, name)
+        if size % unit:
+            raise NotImplementedError(
+                f"mosaic_gpu: {name} is {size}, needs a multiple of {unit} for q / l = "
+                f"{width}"
+            )
+    if width > _HOPPER_SUMS:
+        raise NotImplementedError(
+            f"mosaic_gpu: q / l is {width}, needs at most {_HOPPER_SUMS}"
+        )
+    needed = smem_mosaic_gpu(
+        problem, _config_mosaic_gpu(problem, _HOPPER_COMPUTE * fold)
     )
+    if needed > _HOPPER_SMEM:
+        raise NotImplementedError(
+            f"mosaic_gpu: k is {problem.k}, r is {problem.r}: 64 rows of h for "
+            f"{_HOPPER_COMPUTE * fold} blocks of right, and buffers, take {needed} "
+            f"bytes of SMEM, needs at most {_HOPPER_SMEM}"
+        )
+    if chip not in _HOPPER_MULTIPROCESSORS:
+        raise NotImplementedError(
+            f"mosaic_gpu: chip is {chip}, needs a Hopper GPU (h100, h200)"
+        )
+
+
+def config_mosaic_gpu(problem: Problem, chip: str | None) -> Config:
+    """Picks the largest group whose part of h fits, then as many stages as do.
+
+    By reasoning, not yet by measurement: x is read l / group times.
+    """
+    fold = fold_mosaic_gpu(problem.q // problem.l)
+    unit = _HOPPER_COMPUTE * fold
+    groups = [g for g in range(unit, problem.l + 1, unit) if problem.l % g == 0]
+    for group in reversed(groups):
+        config = _config_mosaic_gpu(problem, group)
+        sums = fold * (group // _HOPPER_COMPUTE) * (problem.q // problem.l)
+        room = _HOPPER_SMEM - smem_mosaic_gpu(problem, config)
+        if sums <= _HOPPER_SUMS and room >= 0:
+            break
+    programs = _HOPPER_MULTIPROCESSORS.get(chip, _HOPPER_MULTIPROCESSORS[None])
+    stage = smem_mosaic_gpu(problem, dataclasses.replace(config, stages=3))
+    stage -= _HOPPER_SMEM - room
+    stages = min(6, 2 + room // stage)
+    return dataclasses.replace(config, stages=stages, programs=programs)
+
+
+def _config_mosaic_gpu(problem: Problem, group: int) -> Config:
+    """With the fewest stages."""
+    tile_s = next(s for s in (256, 192, 128, 64) if problem.s % s == 0)
+    tile_r = 2 * HOPPER_DEPTH if tile_s <= 128 else HOPPER_DEPTH
+    tile_r = tile_r if problem.r % tile_r == 0 else HOPPER_DEPTH
+    return Config(HOPPER_PIECE, group=group, tile_r=tile_r, tile_s=tile_s)
+
+
+def smem_mosaic_gpu(problem: Problem, config: Config) -> int:
+    """Bytes of SMEM that the kernel asks for."""
+    width = problem.q // problem.l
+    h = HOPPER_PIECE * problem.r * config.group
+    left = HOPPER_PIECE * (HOPPER_PIECE + config.group * width)
+    right = _HOPPER_COMPUTE * config.tile_r * config.tile_s
+    y = _HOPPER_COMPUTE * HOPPER_PIECE**2
+    total = h + config.stages * left + config.stages_right * right + y
+    return 2 * total + _HOPPER_BARRIERS

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import os
 import pathlib
 import re
@@ -16,10 +17,9 @@ if os.environ["SPARSEJAX_COMPILE"] != "gpu":
 sys.path.append(str(pathlib.Path(__file__).parent))
 import _gpu  # noqa: E402
 
-from pallas_kernels.kronecker_sparse_matmul import (  # noqa: E402
-    _spec,
-    mosaic_gpu,
-)
+import pallas_kernels.monarch_matmul._spec as monarch_spec  # noqa: E402
+import pallas_kernels.monarch_matmul.mosaic_gpu as monarch_gpu  # noqa: E402
+from pallas_kernels.kronecker_sparse_matmul import _spec, mosaic_gpu  # noqa: E402
 
 NAMES = {
     "kronecker": "kronecker_sparse_matmul",
@@ -58,6 +58,15 @@ def kronecker(problem, chip):
         return fn, (x, array(rows, a * b * d))
     fn = functools.partial(mosaic_gpu.product, config=config)
     return fn, (x, array(a, d, c, b))
+
+
+def monarch(rows, k, p, q, l, s, dtype, chip):
+    problem = monarch_spec.Problem("monarch", rows, k, p, q, l, k * q // l, s, dtype)
+    monarch_spec.check_mosaic_gpu(problem, chip)
+    config = monarch_spec.config_mosaic_gpu(problem, chip)
+    fn = functools.partial(monarch_gpu.product, config=config)
+    shapes = (rows, k * p), (k, 1, p, q), (1, l, problem.r, s)
+    return fn, tuple(jax.ShapeDtypeStruct(shape, dtype) for shape in shapes)
 
 
 # A kernel already compiled for the same architecture is not given to ptxas again.
@@ -109,4 +118,37 @@ def test_kronecker_sweep(op, rows, pattern, dtype, capfd):
     out_dtype = "float32" if wide else dtype
     problem = _spec.Problem(op, rows, a, b, c, d, dtype, out_dtype)
     *_, report = compiled(capfd, "h200", kronecker(problem, "h200"))
+    assert report.clean, report
+
+
+# 4096 x 4096 of 32 blocks.
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("chip", ["h100", "h200"])
+def test_monarch(chip, dtype, capfd):
+    call = monarch(4096, 32, 128, 128, 32, 128, dtype, chip)
+    text, hlo, report = compiled(capfd, chip, call)
+    assert "monarch_matmul" in text
+    assert report.clean, report
+    # Of h's size there are y, with right's blocks outermost and as it should be: no h.
+    entry = hlo[hlo.index("ENTRY") :]
+    made = re.findall(r"= \w+\[([\d,]+)\]\S* (?!parameter|bitcast)", entry)
+    sizes = [math.prod(map(int, shape.split(","))) for shape in made]
+    assert sizes.count(4096 * 4096) == 2, hlo
+
+
+# 1, 2, 8, 16 and 64 columns that a block of left gives each of right.
+@pytest.mark.parametrize(
+    ("rows", "k", "p", "q", "l", "s"),
+    [
+        (9, 32, 64, 32, 32, 64),
+        (2048, 32, 64, 64, 32, 64),
+        (77, 8, 64, 32, 4, 192),
+        (4096, 16, 256, 256, 16, 256),
+        (1000, 8, 512, 512, 8, 512),
+    ],
+)
+def test_monarch_sweep(rows, k, p, q, l, s, capfd):
+    *_, report = compiled(
+        capfd, "h200", monarch(rows, k, p, q, l, s, "bfloat16", "h200")
+    )
     assert report.clean, report
