@@ -3,11 +3,12 @@
 import itertools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
-# A name, an order, or several of them.
-Candidates = str | np.ndarray | Sequence["str | np.ndarray"]
+# A name, an order (an array), or a sequence of these.
+Candidates = Any
 
 # Whether each level separates by the last digit, reverses its first part, its others.
 _ORDERS = {
