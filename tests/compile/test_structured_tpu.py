@@ -1,0 +1,119 @@
+"""The kernels of structured products by the TPU compiler, for every chip."""
+
+import functools
+import os
+import pathlib
+import sys
+
+import jax
+import pytest
+from jax import numpy as jnp
+
+if os.environ["SPARSEJAX_COMPILE"] != "tpu":
+    pytest.skip("asked for another compiler", allow_module_level=True)
+
+sys.path.append(str(pathlib.Path(__file__).parent))
+import _tpu  # noqa: E402
+
+from pallas_kernels.kronecker_sparse_matmul import _spec, mosaic_tpu  # noqa: E402
+from pallas_kernels.monarch_matmul import _spec as monarch_spec  # noqa: E402
+from pallas_kernels.monarch_matmul import mosaic_tpu as monarch_tpu  # noqa: E402
+
+NAMES = {
+    "kronecker": "kronecker_sparse_matmul",
+    "kronecker_sampled": "kronecker_sparse_matmul_sampled",
+}
+S = jax.ShapeDtypeStruct
+
+
+def check_compiled(chip, name, fn, *arrays):
+    text, compiled = _tpu.compile_for(chip, fn, *arrays)
+    assert f'kernel_name = "{name}"' in text
+    assert "tpu_custom_call" in compiled.as_text()
+
+
+def kronecker(chip, op, rows, pattern, dtype, out_dtype=None):
+    a, b, c, d = pattern
+    problem = _spec.Problem(op, rows, a, b, c, d, dtype, out_dtype or dtype)
+    _spec.check_mosaic_tpu(problem, chip)
+    config = _spec.config_mosaic_tpu(problem, chip)
+    assert config.vmem <= _spec.TPU_VMEM[chip] * 2**20
+    x, y = S((rows, a * c * d), dtype), S((rows, a * b * d), dtype)
+    if op == "kronecker":
+        fn = functools.partial(mosaic_tpu.product, config=config)
+        arrays = x, S((a, d, c, b), dtype)
+    else:
+        dtype = jnp.dtype(problem.out_dtype)
+        fn = functools.partial(
+            mosaic_tpu.sampled, pattern=pattern, dtype=dtype, config=config
+        )
+        arrays = x, y
+    check_compiled(chip, NAMES[op], fn, *arrays)
+
+
+def monarch(chip, rows, k, p, q, l, s, dtype):  # noqa: E741
+    r = k * q // l
+    problem = monarch_spec.Problem("monarch", rows, k, p, q, l, r, s, dtype)
+    monarch_spec.check_mosaic_tpu(problem, chip)
+    config = monarch_spec.config_mosaic_tpu(problem, chip)
+    fn = functools.partial(monarch_tpu.product, config=config)
+    x, left, right = (
+        S((rows, k * p), dtype),
+        S((k, 1, p, q), dtype),
+        S((1, l, r, s), dtype),
+    )
+    check_compiled(chip, "monarch_matmul", fn, x, left, right)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", *_tpu.by_hand("float32")])
+@pytest.mark.parametrize("op", NAMES)
+@pytest.mark.parametrize("chip", _tpu.TOPOLOGIES)
+def test_kronecker(chip, op, dtype):
+    """Left of a Monarch matrix."""
+    kronecker(chip, op, 4096, (32, 128, 128, 1), dtype)
+
+
+@pytest.mark.parametrize("dtype", ["float32", *_tpu.by_hand("bfloat16")])
+@pytest.mark.parametrize("op", NAMES)
+@pytest.mark.parametrize("chip", ["v4", *_tpu.by_hand("v5e", "v5p", "v6e", "tpu7x")])
+@pytest.mark.parametrize(
+    "case",
+    [
+        (5, (3, 7, 9, 2)),
+        *_tpu.by_hand(
+            (1, (1, 1, 1, 1)),
+            (1000, (1, 128, 128, 32)),
+            (300, (64, 2, 2, 32)),
+            (300, (1, 2, 2, 2048)),
+            (8192, (1, 4096, 14336, 1)),
+        ),
+    ],
+)
+def test_other_patterns(case, chip, op, dtype):
+    kronecker(chip, op, *case, dtype)
+
+
+def test_float32_master_gradient():
+    kronecker("v5e", "kronecker_sampled", 512, (8, 64, 64, 1), "bfloat16", "float32")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", *_tpu.by_hand("float32")])
+@pytest.mark.parametrize("chip", _tpu.TOPOLOGIES)
+def test_monarch(chip, dtype):
+    monarch(chip, 4096, 32, 128, 128, 32, 128, dtype)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("chip", _tpu.TOPOLOGIES)
+@pytest.mark.parametrize(
+    ("rows", "k", "p", "q", "l", "s"),
+    [
+        (5, 4, 64, 120, 8, 64),
+        (300, 3, 96, 384, 3, 40),
+        (1000, 8, 128, 128, 8, 512),
+        (1000, 4, 256, 512, 4, 128),
+    ],
+)
+def test_other_monarch(rows, k, p, q, l, s, chip, dtype):  # noqa: E741
+    monarch(chip, rows, k, p, q, l, s, dtype)
