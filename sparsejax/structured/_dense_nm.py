@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Shaped
 
 from sparsejax.masks import nm_mask
@@ -36,15 +37,14 @@ class DenseNM:
       >>> family = sparsejax.structured.DenseNM(512, 256, rank=64, n=2, m=8)
       >>> family.params, family.flops(rows=1)
       (36864, 73728)
-      >>> params = family.init(jax.random.key(0))
-      >>> mask = sparsejax.masks.nm_mask(jnp.abs(params["up"]), 2, 8, axis=0)
-      >>> values, indices = sparsejax.layouts.condense_nm(params["up"], mask, n=2, m=8)
-      >>> values.shape  # for ops.nm_matmul
-      (16, 256)
 
     References:
       Chand et al., `DSFormer: Effective Compression of Text-Transformers by
       Dense-Sparse Weight Factorization <https://arxiv.org/abs/2312.13211>`_, 2023.
+
+    Note:
+      ``layouts.condense_nm(up, masks.nm_mask(abs(up), n, m, axis=0), n=n, m=m)`` has
+      the operands of ``ops.nm_matmul``, which skips what is not kept.
     """
 
     in_size: int
@@ -75,7 +75,7 @@ class DenseNM:
         return 2 * rows * self.params
 
     def init(
-        self, key: Array, dtype: Any = jnp.float32, *, scale: float = 1.0
+        self, key: Array, dtype: Any = jnp.float32, *, scale: ArrayLike = 1.0
     ) -> dict[str, Float[Array, "..."]]:
         """{"down" [in_size, rank], "up" [rank, out_size]}, to a dense layer's variance.
 

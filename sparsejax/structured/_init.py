@@ -6,13 +6,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 from jaxtyping import Array, Inexact, Shaped
 
 from sparsejax.structured._pattern import Chain
 
 
 def init_chain(
-    key: Array, chain: Chain, dtype: Any = jnp.float32, *, scale: float = 1.0
+    key: Array, chain: Chain, dtype: Any = jnp.float32, *, scale: ArrayLike = 1.0
 ) -> tuple[Inexact[Array, "_ _ _ _"], ...]:
     """Draws factors whose product has the variance of a dense layer's weight.
 
@@ -50,27 +51,29 @@ def init_chain(
     """
     if not jnp.issubdtype(dtype, jnp.inexact):
         raise ValueError(f"dtype: got {jnp.dtype(dtype)}, needed a floating dtype")
-    keys = jax.random.split(key, len(chain.patterns))
+    dtype = jnp.dtype(dtype)
     fed = np.arange(chain.patterns[0].in_size) < chain.in_size
     factors = []
-    for key, p in zip(keys, chain.patterns, strict=True):
+    for t, p in enumerate(chain.patterns):
         fed = fed.reshape(p.a, p.c, p.d)
         true = fed.transpose(0, 2, 1).reshape(-1, p.c, 1)
         # One shape for all levels of a butterfly: compiled once.
-        blocks = unit_columns(key, (p.a * p.d, p.c, p.b), jnp.dtype(dtype), true)
+        shape = p.a * p.d, p.c, p.b
+        by = scale if t == len(chain.patterns) - 1 else 1.0
+        blocks = unit_columns(jax.random.fold_in(key, t), shape, dtype, true, by)
         factors.append(blocks.reshape(p.factor_shape))
         fed = np.broadcast_to(fed.any(1, keepdims=True), (p.a, p.b, p.d))
-    factors[-1] = factors[-1] * jnp.asarray(scale, dtype)
     return tuple(factors)
 
 
 @functools.partial(jax.jit, static_argnames=("shape", "dtype"))
 def unit_columns(
-    key: Array, shape: tuple[int, ...], dtype: Any, true: Any = True
+    key: Array, shape: tuple[int, ...], dtype: Any, true: Any = True, scale: Any = 1.0
 ) -> Shaped[Array, "..."]:
-    """Columns, along axis -2, uniform on the unit sphere of their true entries."""
+    """Columns, along axis -2, of this norm, uniform over directions of true entries."""
     wide = jnp.float32 if dtype.itemsize < 4 else dtype
     draw = jax.random.normal(key, shape, wide)
     draw = jnp.where(true, draw, 0)
     norm = jnp.linalg.norm(draw, axis=-2, keepdims=True)
-    return (draw / jnp.where(norm > 0, norm, 1).astype(draw.dtype)).astype(dtype)
+    by = scale / jnp.where(norm > 0, norm, 1)
+    return (draw * by.astype(wide)).astype(dtype)

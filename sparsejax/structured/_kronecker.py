@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Shaped
 
 from sparsejax.structured._init import unit_columns
@@ -97,7 +98,7 @@ class Kronecker:
         return 2 * self.terms * (rows * a_row + once)
 
     def init(
-        self, key: Array, dtype: Any = jnp.float32, *, scale: float = 1.0
+        self, key: Array, dtype: Any = jnp.float32, *, scale: ArrayLike = 1.0
     ) -> dict[str, Float[Array, "..."]]:
         """{"left" [terms, p, q], "right" [terms, r, s]}, to a dense layer's variance.
 
@@ -106,20 +107,19 @@ class Kronecker:
         check_real(self, dtype=dtype)
         dtype = jnp.dtype(dtype)
         left_key, down_key, up_key = jax.random.split(key, 3)
-        (p, q), (r, s) = self.left, self.right
-        true_p, true_r = self._true[0]
-        is_true = lambda size, true: (np.arange(size) < true)[:, None]
-        shape = self.terms, p, q
-        params = {"left": unit_columns(left_key, shape, dtype, is_true(p, true_p))}
-        shape = self.terms, r, self.rank or s
-        down = unit_columns(down_key, shape, dtype, is_true(r, true_r))
-        # Columns of one norm: a variance of 1 / (true p * true r) for each term.
-        scale *= math.sqrt(true_p * true_r / (self.in_size * self.terms))
-        scaled = lambda w: w * jnp.asarray(scale, dtype)
+        (p, q), (r, s), t = self.left, self.right, self.terms
+        true_p, true_r = (
+            (np.arange(n) < m)[:, None]
+            for n, m in zip((p, r), self._true[0], strict=True)
+        )
+        # Of unit columns a term has a variance of 1 / (true p * true r).
+        scale = scale * math.sqrt(math.prod(self._true[0]) / (self.in_size * t))
+        left = unit_columns(left_key, (t, p, q), dtype, true_p, scale)
+        down = unit_columns(down_key, (t, r, self.rank or s), dtype, true_r)
         if self.rank is None:
-            return {**params, "right": scaled(down)}
-        up = unit_columns(up_key, (self.terms, self.rank, s), dtype)
-        return {**params, "down": down, "up": scaled(up)}
+            return {"left": left, "right": down}
+        up = unit_columns(up_key, (t, self.rank, s), dtype)
+        return {"left": left, "down": down, "up": up}
 
     def to_dense(self, params: dict[str, Float[Array, "..."]]) -> Float[Array, "k n"]:
         """The matrix ``[in_size, out_size]``."""

@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Shaped
 
 from sparsejax.structured._init import init_chain
@@ -59,7 +60,7 @@ class LowRank:
         return 2 * rows * self.params
 
     def init(
-        self, key: Array, dtype: Any = jnp.float32, *, scale: float = 1.0
+        self, key: Array, dtype: Any = jnp.float32, *, scale: ArrayLike = 1.0
     ) -> dict[str, Float[Array, "..."]]:
         """{"down" [in_size, rank], "up" [rank, out_size]}, scaled as ``init_chain``."""
         check_real(self, dtype=dtype)
