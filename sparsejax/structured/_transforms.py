@@ -1,6 +1,7 @@
 """Hadamard, Fourier, cosine, circulant, Toeplitz and convolution matrices as factors.
 
-All are exact: computed in float64 by numpy, then rounded to the dtype. A Fourier factor
+All are exact: computed in float64 by numpy, then rounded to the dtype.
+``ops.butterfly_matmul_reference`` multiplies by them, complex or not. A Fourier factor
 that joins d transforms of s entries to one of d * s has, as [a, s, d, d],
 
     factor[., k, j, o] = exp(-2 pi i j (o s + k) / (d s))
@@ -167,6 +168,9 @@ def circulant(
       [[1. 2. 3.]
        [3. 1. 2.]
        [2. 3. 1.]]
+      >>> x = jnp.array([1, 0, 1], jnp.complex64)
+      >>> print(sparsejax.ops.butterfly_matmul_reference(x, factors).real.round(4))
+      [3. 5. 4.]
     """
     c = _vector("c", c)
     n = len(c)
