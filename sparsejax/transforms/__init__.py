@@ -16,6 +16,7 @@ from sparsejax.transforms._dynamic import (
 from sparsejax.transforms._exploration import (
     exploration_exploitation as exploration_exploitation,
 )
+from sparsejax.transforms._factors import scale_by_factors as scale_by_factors
 from sparsejax.transforms._fixed import fixed as fixed
 from sparsejax.transforms._fixed import gradual_magnitude as gradual_magnitude
 from sparsejax.transforms._fixed import gradual_magnitude_over as gradual_magnitude_over
@@ -101,6 +102,7 @@ __all__ = (
     "prox_group_lasso",
     "report",
     "rigl",
+    "scale_by_factors",
     "sparse_evolutionary_training",
     "sparse_momentum",
     "sparsify",
