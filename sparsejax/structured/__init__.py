@@ -27,6 +27,9 @@ from sparsejax.structured._pattern import to_dense as to_dense
 from sparsejax.structured._pixelfly import Pixelfly as Pixelfly
 from sparsejax.structured._pixelfly import flat_butterfly as flat_butterfly
 from sparsejax.structured._project import project as project
+from sparsejax.structured._project_circulant import (
+    project_circulant as project_circulant,
+)
 from sparsejax.structured._transforms import circulant as circulant
 from sparsejax.structured._transforms import convolution as convolution
 from sparsejax.structured._transforms import dct as dct
@@ -55,6 +58,7 @@ __all__ = [
     "monarch",
     "phm",
     "project",
+    "project_circulant",
     "tensor_train",
     "to_dense",
     "toeplitz",

@@ -34,20 +34,22 @@ def project(
     Two factors: the best approximation in the Frobenius norm, by a batched singular
     value decomposition of disjoint slices, each cut to the chain's rank,
 
-    ``error^2 = (sum of squares of the singular values cut off) / (of all)``.
+    ``error^2 = (sum of squares of the singular values cut off) / |w|^2``,
 
-    More of them: factors are split off from the first on, each with orthonormal
-    columns, so that what is cut off later is orthogonal to what was cut off before. The
-    error has the same form, exactly, and is at most sqrt(p - 1) times that of the best
-    p factors. A matrix that is such a chain, of any length, ranks and sizes, is
-    recovered to rounding. The factors are balanced: along every path each has an equal
-    part of its scale, of two the square root of a singular value.
+    to which come the entries of w where such products are zero, if there are any.
+
+    More factors: they are split off from the first on, each with orthonormal columns,
+    so that what is cut off later is orthogonal to what was cut off before. The error
+    has the same form, exactly, and is at most sqrt(p - 1) times that of the best p
+    factors. A matrix that is such a chain, of any length, ranks and sizes, is recovered
+    to rounding. The factors are balanced: along every path each has an equal part of
+    its scale, of two the square root of a singular value.
 
     Works under ``jit`` and ``vmap``. The cost is that of decomposing slices of k n
-    entries, half as many with every further factor where its blocks are of 2; no
-    product is computed. Gradients are not meant to be taken through it: those of
-    singular vectors are not finite where values coincide, as zeros do in a matrix that
-    is recovered.
+    entries in all, and for each further factor of what is left, half as many in a
+    butterfly; no product is computed. Gradients are not meant to be taken through it:
+    those of singular vectors are not finite where values coincide, as zeros do in a
+    matrix that is recovered.
 
     Args:
       w: Multiplies rows from the right. Leading axes are matrices apart.
@@ -103,6 +105,8 @@ def project(
       Factorizations <https://arxiv.org/abs/1903.05895>`_, 2019, for the eight orders.
 
     Note:
+      A circulant is no such chain, but two of them: ``project_circulant``.
+
       Nothing of the kind is near to a matrix without structure: ``compare_low_rank``
       says what low rank gives at as many parameters.
     """

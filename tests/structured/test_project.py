@@ -255,6 +255,23 @@ def test_orders_of_ones_own_and_padding():
     np.testing.assert_array_equal(p, order)
 
 
+@pytest.mark.parametrize("n", [1, 7, 12, 16])
+def test_a_circulant_is_recovered_by_two_transforms(n):
+    c = normal(n, "complex128")
+    w = np.stack([np.roll(c, j) for j in range(n)])
+    with jax.enable_x64(True):
+        factors, error = st.project_circulant(jnp.asarray(w))
+        assert error < 1e-12 and distance(factors, w) < 1e-12
+        assert n != 16 or len(factors) == 2 * 4 - 1
+        # As near as there is: the Fourier transform is diagonal, what is not is left.
+        w = normal((n, n))
+        factors, error = st.project_circulant(jnp.asarray(w))
+        left = np.fft.fft(np.fft.ifft(w, axis=0), axis=1)
+        left -= np.diag(np.diag(left))
+        np.testing.assert_allclose(error, np.linalg.norm(left) / np.linalg.norm(w))
+        np.testing.assert_allclose(error, distance(factors, w), atol=1e-12)
+
+
 # ---- beside low rank ---------------------------------------------------------------
 
 
@@ -352,6 +369,10 @@ UNEVEN = st.Chain((st.Pattern(2, 3, 4, 1), st.Pattern(1, 4, 3, 2)), 8, 8)
         (
             lambda: st.project(W, TWO, out_permutations=np.zeros(8, int)),
             "out_permutations: got an array .*each of 0 to 7 once",
+        ),
+        (
+            lambda: st.project_circulant(W[:4]),
+            r"w: got shape \(4, 8\), needed a square",
         ),
         (lambda: st.compare_low_rank(W[None], TWO), r"w: got shape \(1, 8, 8\)"),
     ],
