@@ -4,10 +4,10 @@
     python benchmarks/bench_long_conv.py --gradients --lengths 1024 65536
 
 At each length, causal, a kernel per feature: convolution by jnp.fft as a user writes
-it; ``long_conv`` by its own choice; the Monarch form whatever that is; a partial
-kernel of 1/8 of the taps; 1/8 of the frequencies. The last two are compared with the
-full convolution by jnp.fft, which has no cheaper form of them. About 2**21 entries of
-signal at any length; one JSON file, the ratios at each length in its summary.
+it; ``long_conv`` by its own choice; both forms that it chooses from; a partial kernel
+of 1/8 of the taps; 1/8 of the frequencies. The last two are compared with the full
+convolution by jnp.fft, which has no cheaper form of them. About 2**21 entries of signal
+at any length; one JSON file, the ratios at each length in its summary.
 """
 
 import argparse
@@ -18,12 +18,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparsejax.ops import _long_conv_xla, long_conv, long_conv_reference
+from sparsejax.ops import _long_conv, _long_conv_xla, long_conv, long_conv_reference
 from sparsejax.ops._long_conv_xla import GRADIENTS, Problem
 from sparsejax.ops._products import PRODUCT
 
 BASE = "jnp.fft"
 ENTRIES = 2**21
+MONARCH = functools.partial(
+    _long_conv_xla.monarch, side=_long_conv._SIDE_CPU, piece=_long_conv._PIECE
+)
+FFT = functools.partial(_long_conv_xla.fft, piece=_long_conv._PIECE)
 
 
 def main():
@@ -47,7 +51,8 @@ def main():
         cases = [
             _harness.compiled(BASE, wrap(long_conv_reference), u, k),
             _harness.compiled("auto", wrap(long_conv), u, k),
-            _harness.compiled("monarch", monarch(args.gradients), u, k),
+            _harness.compiled("monarch", alone(MONARCH, args.gradients), u, k),
+            _harness.compiled("fft in pieces", alone(FFT, args.gradients), u, k),
             _harness.compiled("partial 1/8", wrap(long_conv), u, k[:, : t // 8]),
             _harness.compiled("frequencies 1/8", wrap(sparse), u, k),
         ]
@@ -62,16 +67,15 @@ def main():
     _harness.save(what, times, base=base, config=vars(args), summary=ratios)
 
 
-def monarch(with_gradients):
-    """``long_conv`` without the rule that prefers jnp.fft."""
+def alone(form, with_gradients):
+    """``long_conv`` without the rule that chooses the form."""
 
     def run(u, k):
         def product(op, *arrays):
             t = u.shape[-1]
             sizes = (*u.shape[:2], t, t, t, 2 * t - 1, False, None, u.dtype.name)
             problem = Problem(op, *sizes)
-            form = _long_conv_xla.monarch(problem, 1)
-            return _long_conv_xla.run(problem, form, *arrays)
+            return _long_conv_xla.run(problem, form(problem), *arrays)
 
         y = product(PRODUCT, u, k)
         return (y, *product(GRADIENTS, u, k, y)) if with_gradients else y

@@ -50,12 +50,14 @@ def long_conv(
     future from the past.
 
     Each transform is a Monarch decomposition of the DFT: n = n1 n2 by two products with
-    DFT matrices of n1 and n2, about 2 n (n1 + 4 n2) operations, half of the first saved
-    where half of the signal is zeros; frequencies that are not kept are columns left
-    out of the second. Neither the spectra nor the padded signals are kept for the
-    backward pass. XLA computes the products, on TPU and GPU by their matrix units:
-    there is no Pallas kernel, and the pieces go through memory between products. On a
-    CPU jnp.fft takes over where it is faster by a static rule (``explain`` says).
+    DFT matrices of n1 and n2, about n (2 n1 + 4 n2) operations, half of the first saved
+    where half of the signal is zeros; of long signals n2 is again split in two.
+    Frequencies that are not kept are columns left out of the last product. Neither the
+    spectra nor the padded signals are kept for the backward pass. XLA computes the
+    products, on TPU and GPU by their matrix units: there is no Pallas kernel, and what
+    is between products goes through memory. On a CPU a cache's worth of signals is
+    computed at a time, by jnp.fft where that is faster by a static rule (``explain``
+    says which).
 
     Args:
       u: Signals ``[..., h, t]``; float32, bfloat16, float16 (float64 on CPU). Time is
@@ -68,8 +70,8 @@ def long_conv(
       pre_gate: As u, or None.
       post_gate: As u, or None.
       keep_frequencies: f >= 1, of n // 2 + 1; None: all. The fewer are kept the less
-        is multiplied, if n has two factors near its root; other n are computed as a
-        circular convolution with the low-passed kernel.
+        is multiplied, if n has factors that suit; other n are computed as a circular
+        convolution with the low-passed kernel.
       dtype: That u and k are rounded to, and that of y; default, the promoted dtype of
         all operands. Spectra are float32 in any case (float64 of float64), in bfloat16
         each product would add its rounding; and the gradient of float32 ``k`` comes out
@@ -264,11 +266,14 @@ def _call(static_and_op, *arrays):
     return _dispatch.call(LONG_CONV, static.choice, problem, *arrays)
 
 
+# Sides of what a matrix unit takes, or of a product that a CPU's core is quick at; and
+# how many entries of u a CPU works on at a time: their spectra then stay in cache.
+_SIDE, _SIDE_CPU, _PIECE = 128, 32, 2**18
+
+
 def _run_xla(problem, chip, interpret, *arrays):
     del chip, interpret
-    forms = dict(
-        cpu=_on_cpu(problem), default=_long_conv_xla.monarch(problem, side=128)
-    )
+    forms = dict(cpu=_on_cpu(problem), default=_long_conv_xla.monarch(problem, _SIDE))
     runs = {
         platform: functools.partial(_long_conv_xla.run, problem, form)
         for platform, form in forms.items()
@@ -278,18 +283,19 @@ def _run_xla(problem, chip, interpret, *arrays):
 
 def _on_cpu(problem):
     if _long_conv_xla.prefers_fft(problem):
-        return _long_conv_xla.fft(problem)
-    return _long_conv_xla.monarch(problem, side=1)
+        return _long_conv_xla.fft(problem, _PIECE)
+    return _long_conv_xla.monarch(problem, _SIDE_CPU, _PIECE)
 
 
 def _note_xla(problem):
     on_cpu = _dispatch.current_platform() == "cpu"
     if on_cpu and _long_conv_xla.prefers_fft(problem):
         return "jnp.fft, faster on a CPU than DFTs by products"
-    grid = _long_conv_xla.choose_grid(problem, 1 if on_cpu else 128)
-    kept = len(grid.columns) / grid.n2
-    less = "" if kept == 1 else f", {kept:.0%} of the second factor"
-    return f"DFT of {grid.n} by products with {grid.n1} and {grid.n2}{less}"
+    grid = _long_conv_xla.choose_grid(problem, _SIDE_CPU if on_cpu else _SIDE)
+    kept = len(grid.columns) / grid.q
+    less = "" if kept == 1 else f", {kept:.0%} of the last factor"
+    factors = " x ".join(str(f) for f in (grid.n1, grid.p, grid.q) if f > 1)
+    return f"DFT of {grid.n} = {factors} by products{less}"
 
 
 def _anything(problem, chip):

@@ -14,11 +14,13 @@ circular convolution and exact.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.lax import Precision
 
 from sparsejax.ops import _monarch_dft
@@ -28,8 +30,10 @@ from sparsejax.ops._products import PRODUCT, SAMPLED, TRANSPOSED
 
 GRADIENTS = "gradients"  # transposed and sampled, of which F(dy) is shared
 
-# Columns of a grid whose size is free: multiples of what vector units take.
-_COLUMNS = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 2048)
+# Factors of a grid whose size is free: multiples of what vector units take.
+_COLUMNS = (1, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+_LARGEST = 2048  # factor of a grid whose size is given, but for the first
+_PASS = 64  # multiply-adds an entry that a pass over memory takes as long as
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,44 +73,77 @@ class Problem:
 
 
 class _Form(NamedTuple):
-    """How to go to spectra and back."""
+    """How to go to spectra and back; all at once, or so many entries of u at a time."""
 
     to_spectrum: Callable[[Any], Any]
     from_spectrum: Callable[[Any, int], Any]
     times: Callable[..., Any]
     over_batch: Callable[[Any], Any]
     keep: Callable[[Any], Any]
+    piece: int | None
 
 
 def run(problem: Problem, form: _Form, *arrays: jax.Array) -> Any:
     """Computes ``problem``; results are float32 (float64 of float64)."""
+    op, h = problem.op, problem.features
     wide = accumulator(jnp.dtype(problem.dtype))
     arrays = tuple(array.astype(wide) for array in arrays)
-    spectrum, back = form.to_spectrum, form.from_spectrum
+    names = {PRODUCT: "uk", TRANSPOSED: "yk", SAMPLED: "uy", GRADIENTS: "uky"}[op]
+    given = dict(zip(names, arrays, strict=True))
+    k = given.pop("k", None)
+    members, features = _piece(problem, form.piece)
+    cut = (problem.batch // members, h // features, members, features)
 
-    def with_kernel(of_a, k, size, **conjugate):
-        return back(form.times(of_a, form.keep(spectrum(k[None])), **conjugate), size)
+    def some_features(of_dk, xs):
+        """Of some signals: adds to the spectrum of dk, computes y or du."""
+        of_k, signals = xs
+        of = {name: form.to_spectrum(signal) for name, signal in signals.items()}
+        out = None
+        if op == PRODUCT:
+            out = form.from_spectrum(form.times(of["u"], of_k), problem.out)
+        elif op != SAMPLED:
+            of_du = form.times(of["y"], of_k, conjugate=True)
+            out = form.from_spectrum(of_du, problem.signal)
+        if of_dk is not None:
+            of_dk += form.over_batch(form.times(of["y"], of["u"], conjugate=True))
+        return of_dk, out
 
-    def of_kernel(u, of_dy):
-        of_dk = form.over_batch(form.times(of_dy, spectrum(u), conjugate=True))
-        return back(form.keep(of_dk), problem.taps)[0]
+    def some_members(of_dk, signals):
+        add = lambda _, xs: (None, some_features(*xs))
+        return lax.scan(add, None, (of_dk, (of_k, signals)))[1]
 
-    if problem.op == PRODUCT:
-        u, k = arrays
-        return with_kernel(spectrum(u), k, problem.out)
-    if problem.op == TRANSPOSED:
-        dy, k = arrays
-        return with_kernel(spectrum(dy), k, problem.signal, conjugate=True)
-    if problem.op == SAMPLED:
-        u, dy = arrays
-        return of_kernel(u, spectrum(dy))
-    u, k, dy = arrays
-    of_dy = spectrum(dy)
-    du = with_kernel(of_dy, k, problem.signal, conjugate=True)
-    return du, of_kernel(u, of_dy)
+    each = lambda fn, a: lax.map(fn, a.reshape(-1, 1, features, a.shape[-1]))
+    of_k = None if k is None else each(lambda k: form.keep(form.to_spectrum(k)), k)
+    of_dk = None
+    if op in (SAMPLED, GRADIENTS):
+        # Zeros that vary over a mesh as the signals do.
+        of_dk = each(form.to_spectrum, 0 * given["u"][0])
+    signals = {name: a.reshape(*cut, a.shape[-1]) for name, a in given.items()}
+    of_dk, out = lax.scan(some_members, of_dk, signals)
+    results = []
+    if out is not None:
+        results.append(out.reshape(problem.batch, h, -1))
+    if of_dk is not None:
+        back = lambda s: form.from_spectrum(form.keep(s), problem.taps)
+        results.append(lax.map(back, of_dk).reshape(h, problem.taps))
+    return tuple(results) if op == GRADIENTS else results[0]
 
 
-def monarch(problem: Problem, side: int) -> _Form:
+def _piece(problem, entries):
+    """(members of the batch, features) at a time: all features, or one member."""
+    if entries is None:
+        return problem.batch, problem.features
+    near = lambda size, wanted: min(
+        (d for d in range(1, size + 1) if size % d == 0),
+        key=lambda d: abs(math.log(d / wanted)),
+    )
+    signals = max(1, entries // problem.signal)
+    if signals < problem.features:
+        return 1, near(problem.features, signals)
+    return near(problem.batch, signals / problem.features), problem.features
+
+
+def monarch(problem: Problem, side: int, piece: int | None = None) -> _Form:
     """By products with DFT matrices."""
     grid = choose_grid(problem, side)
     # By matrix units, three products of bfloat16 parts where operands have 8 bits, six
@@ -118,10 +155,11 @@ def monarch(problem: Problem, side: int) -> _Form:
         _monarch_dft.times,
         lambda s: jnp.sum(s, axis=1, keepdims=True),
         lambda s: _monarch_dft.keep(grid, s),
+        piece,
     )
 
 
-def fft(problem: Problem) -> _Form:
+def fft(problem: Problem, piece: int | None = None) -> _Form:
     """By jnp.fft."""
     n = problem.n if problem.exact else smooth(problem.n)
     return _Form(
@@ -130,6 +168,7 @@ def fft(problem: Problem) -> _Form:
         lambda a, b, conjugate=False: a * (jnp.conj(b) if conjugate else b),
         lambda s: jnp.sum(s, axis=0, keepdims=True),
         lambda s: s,
+        piece,
     )
 
 
@@ -155,21 +194,25 @@ def choose_grid(problem: Problem, side: int) -> Grid:
 @functools.lru_cache(maxsize=256)
 def _choose_grid(n, exact, signal, out, keep, side):
     if exact:
-        small = [d for d in range(1, int(n**0.5) + 1) if n % d == 0]
-        grids = [Grid(n // c, c, False, keep) for d in small for c in (d, n // d)]
+        few = [d for d in range(1, min(n, _LARGEST) + 1) if n % d == 0]
+        cuts = [(p, q) for q in {*few, n} for p in few if n % (p * q) == 0]
+        grids = [Grid(n // (p * q), q, False, keep, p) for p, q in cuts]
     else:
-        grids = [Grid(2 * -(-n // (2 * c)), c, True) for c in _COLUMNS]
+        cuts = [(p, q) for q in _COLUMNS for p in (1, *_COLUMNS) if p * q < 2 * n]
+        grids = [Grid(2 * -(-n // (2 * p * q)), q, True, None, p) for p, q in cuts]
     return min(grids, key=lambda grid: _cost(grid, signal, out, side))
 
 
 def _cost(grid, signal, out, side):
     """Multiply-adds of a transform and an inverse, each side filled up to ``side``."""
     up = lambda size: -(-size // side) * side
-    rows, columns = grid.rows, len(grid.columns)
+    rows, columns, middle = grid.rows, len(grid.columns), 0
     first = up(2 * rows) * sum(up(-(-size // grid.n2)) for size in (signal, out))
-    second = 2 * rows * up(2 * grid.n2) * up(2 * columns)
-    # A pass over the pairs costs about as much as 16 multiply-adds an entry.
-    return first * grid.n2 + second + 16 * 2 * rows * (grid.n2 + columns)
+    last = 2 * rows * grid.p * up(2 * grid.q) * up(2 * columns)
+    if grid.p > 1:
+        middle = 2 * rows * grid.q * (up(2 * grid.p) ** 2 + _PASS * 2 * grid.p)
+    passes = _PASS * 2 * rows * (grid.n2 + grid.p * columns)
+    return first * grid.n2 + middle + last + passes
 
 
 def divides_well(n: int, signal: int, taps: int, keep: int | None) -> bool:
