@@ -152,15 +152,14 @@ def sampled(
         def split(tile):
             """Block and first step of a tile: a block's parts follow each other."""
             block = lax.div(tile.block, jnp.int32(splits))
-            part = tile.block - block * splits
-            return block, part, part * some
+            return block, (tile.block - block * splits) * some
 
         def steps(tile):
-            first = split(tile)[2]
+            _, first = split(tile)
             return jnp.clip(pl.cdiv(m, tile_m) - first, 0, some)
 
         def fetch(tile, i):
-            block, _, first = split(tile)
+            block, first = split(tile)
             rows = pl.ds((first + i) * tile_m, tile_m)
             return (
                 x_gmem.at[rows, block, pl.ds(tile.row * tile_k, tile_k)],
@@ -174,10 +173,9 @@ def sampled(
             plgpu.wgmma(accs[0], x_piece, y_smem.at[:, columns])
 
         def finish(tile, results):
-            block, part, _ = split(tile)
             at = tile.row * tile_k + row, tile.column * tile_n + column
             mine = pieces.at[lax.axis_index("warpgroup")]
-            store(results[0].astype(part_dtype), out_gmem.at[part, block], *at, mine)
+            store(results[0].astype(part_dtype), out_gmem.at[tile.block], *at, mine)
 
         return Plan(total, place, steps, fetch, multiply, finish)
 
@@ -185,7 +183,7 @@ def sampled(
         (x, y),
         plan,
         name="kronecker_sparse_matmul_sampled",
-        out_type=jax.ShapeDtypeStruct((splits, blocks, c, b), part_dtype),
+        out_type=jax.ShapeDtypeStruct((blocks * splits, c, b), part_dtype),
         buffers=[(tile_m, tile_k), (tile_m, tile_n)],
         tile=(tile_k, tile_n),
         scratch=[plgpu.SMEM((COMPUTE, slots, _PIECE, _PIECE), part_dtype)],
@@ -193,8 +191,9 @@ def sampled(
         programs=config.programs,
         interpret=interpret,
     )
-    out = parts[0] if splits == 1 else parts.sum(axis=0).astype(dtype)
-    return out.reshape(a, d, c, b)
+    if splits > 1:
+        parts = parts.reshape(blocks, splits, c, b).sum(axis=1).astype(dtype)
+    return parts.reshape(a, d, c, b)
 
 
 class _Tile(NamedTuple):

@@ -274,9 +274,7 @@ def check_mosaic_gpu(problem: Problem, chip: str | None) -> None:
         raise NotImplementedError(
             f"mosaic_gpu: q / l is {width}, needs at most {_HOPPER_SUMS}"
         )
-    needed = smem_mosaic_gpu(
-        problem, _config_mosaic_gpu(problem, _HOPPER_COMPUTE * fold)
-    )
+    needed = smem_mosaic_gpu(problem, _with_group(problem, _HOPPER_COMPUTE * fold))
     if needed > _HOPPER_SMEM:
         raise NotImplementedError(
             f"mosaic_gpu: k is {problem.k}, r is {problem.r}: 64 rows of h for "
@@ -294,28 +292,34 @@ def config_mosaic_gpu(problem: Problem, chip: str | None) -> Config:
 
     By reasoning, not yet by measurement: x is read l / group times.
     """
-    fold = fold_mosaic_gpu(problem.q // problem.l)
-    unit = _HOPPER_COMPUTE * fold
-    groups = [g for g in range(unit, problem.l + 1, unit) if problem.l % g == 0]
-    for group in reversed(groups):
-        config = _config_mosaic_gpu(problem, group)
-        sums = fold * (group // _HOPPER_COMPUTE) * (problem.q // problem.l)
-        room = _HOPPER_SMEM - smem_mosaic_gpu(problem, config)
-        if sums <= _HOPPER_SUMS and room >= 0:
-            break
-    programs = _HOPPER_MULTIPROCESSORS.get(chip, _HOPPER_MULTIPROCESSORS[None])
-    stage = smem_mosaic_gpu(problem, dataclasses.replace(config, stages=3))
-    stage -= _HOPPER_SMEM - room
-    stages = min(6, 2 + room // stage)
-    return dataclasses.replace(config, stages=stages, programs=programs)
+    width, count = problem.q // problem.l, problem.l
+    unit = _HOPPER_COMPUTE * fold_mosaic_gpu(width)
+    groups = [g for g in range(count, 0, -unit) if count % g == 0]
+    config = next(
+        c for c in (_with_group(problem, g) for g in groups) if _fits(problem, c)
+    )
+    smem = smem_mosaic_gpu(problem, config)
+    stage = smem_mosaic_gpu(problem, dataclasses.replace(config, stages=3)) - smem
+    return dataclasses.replace(
+        config,
+        stages=min(6, 2 + (_HOPPER_SMEM - smem) // stage),
+        programs=_HOPPER_MULTIPROCESSORS.get(chip, _HOPPER_MULTIPROCESSORS[None]),
+    )
 
 
-def _config_mosaic_gpu(problem: Problem, group: int) -> Config:
-    """With the fewest stages."""
+def _with_group(problem: Problem, group: int) -> Config:
+    """A config of the fewest stages."""
     tile_s = next(s for s in (256, 192, 128, 64) if problem.s % s == 0)
     tile_r = 2 * HOPPER_DEPTH if tile_s <= 128 else HOPPER_DEPTH
     tile_r = tile_r if problem.r % tile_r == 0 else HOPPER_DEPTH
     return Config(HOPPER_PIECE, group=group, tile_r=tile_r, tile_s=tile_s)
+
+
+def _fits(problem: Problem, config: Config) -> bool:
+    """Whether SMEM holds h, and registers the sums of ``fold`` blocks of left."""
+    width = problem.q // problem.l
+    sums = fold_mosaic_gpu(width) * width * config.group // _HOPPER_COMPUTE
+    return sums <= _HOPPER_SUMS and smem_mosaic_gpu(problem, config) <= _HOPPER_SMEM
 
 
 def smem_mosaic_gpu(problem: Problem, config: Config) -> int:

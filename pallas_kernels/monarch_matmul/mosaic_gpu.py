@@ -78,6 +78,9 @@ def product(
     right = _rotated(right.reshape(l, k // fold, fold, width, s)).reshape(l, r, s)
 
     group, stages, stages_right = config.group, config.stages, config.stages_right
+    for name in ("stages", "stages_right"):  # let go of during the next step
+        if (got := getattr(config, name)) < 2:
+            raise ValueError(f"config.{name}: got {got}, needed at least 2")
     mine = group // COMPUTE  # blocks of right that a warpgroup computes
     wide, deep, across = mine * width, config.tile_r, config.tile_s
     parts, sides = p // _PIECE, s // across
