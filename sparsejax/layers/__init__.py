@@ -60,6 +60,21 @@ from sparsejax.layers._moe import MoEAux as MoEAux
 from sparsejax.layers._moe import apply_moe as apply_moe
 from sparsejax.layers._moe_spec import MoESpec as MoESpec
 from sparsejax.layers._moe_spec import init_moe as init_moe
+from sparsejax.layers._structured import (
+    KroneckerSparseLinearSpec as KroneckerSparseLinearSpec,
+)
+from sparsejax.layers._structured import LowRankLinearSpec as LowRankLinearSpec
+from sparsejax.layers._structured import PixelflyLinearSpec as PixelflyLinearSpec
+from sparsejax.layers._structured import (
+    apply_kronecker_sparse_linear as apply_kronecker_sparse_linear,
+)
+from sparsejax.layers._structured import apply_low_rank_linear as apply_low_rank_linear
+from sparsejax.layers._structured import apply_pixelfly_linear as apply_pixelfly_linear
+from sparsejax.layers._structured import (
+    init_kronecker_sparse_linear as init_kronecker_sparse_linear,
+)
+from sparsejax.layers._structured import init_low_rank_linear as init_low_rank_linear
+from sparsejax.layers._structured import init_pixelfly_linear as init_pixelfly_linear
 
 __all__ = [
     "BlockSparseLinearSpec",
@@ -72,11 +87,14 @@ __all__ = [
     "CondensedRegion",
     "FanInLinearSpec",
     "GroupedProjectionSpec",
+    "KroneckerSparseLinearSpec",
     "LongConvSpec",
+    "LowRankLinearSpec",
     "MaskedLinearSpec",
     "MoEAux",
     "MoESpec",
     "NMLinearSpec",
+    "PixelflyLinearSpec",
     "SparseDopedSpec",
     "SparseFactorizedSpec",
     "SparseParallelSpec",
@@ -86,10 +104,13 @@ __all__ = [
     "apply_fan_in_linear",
     "apply_grouped_projection",
     "apply_iso_flop",
+    "apply_kronecker_sparse_linear",
     "apply_long_conv",
+    "apply_low_rank_linear",
     "apply_masked_linear",
     "apply_moe",
     "apply_nm_linear",
+    "apply_pixelfly_linear",
     "condense",
     "convert",
     "expand_condensed",
@@ -97,10 +118,13 @@ __all__ = [
     "init_fan_in_linear",
     "init_grouped_projection",
     "init_iso_flop",
+    "init_kronecker_sparse_linear",
     "init_long_conv",
+    "init_low_rank_linear",
     "init_masked_linear",
     "init_moe",
     "init_nm_linear",
+    "init_pixelfly_linear",
     "iso_flop",
     "iso_flop_chain",
 ]

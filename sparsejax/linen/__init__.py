@@ -16,15 +16,25 @@ from sparsejax.linen._linear import MaskedLinear as MaskedLinear
 from sparsejax.linen._long_conv import LongConv as LongConv
 from sparsejax.linen._moe import GroupedProjection as GroupedProjection
 from sparsejax.linen._moe import MoE as MoE
+from sparsejax.linen._structured import ButterflyLinear as ButterflyLinear
+from sparsejax.linen._structured import KroneckerSparseLinear as KroneckerSparseLinear
+from sparsejax.linen._structured import LowRankLinear as LowRankLinear
+from sparsejax.linen._structured import MonarchLinear as MonarchLinear
+from sparsejax.linen._structured import PixelflyLinear as PixelflyLinear
 
 __all__ = [
     "BlockSparseLinear",
+    "ButterflyLinear",
     "FanInLinear",
     "GroupedProjection",
+    "KroneckerSparseLinear",
     "LongConv",
+    "LowRankLinear",
     "MaskedLinear",
     "MoE",
+    "MonarchLinear",
     "NMLinear",
+    "PixelflyLinear",
     "SparseDoped",
     "SparseFactorized",
     "SparseParallel",

@@ -19,6 +19,11 @@ from sparsejax.nnx._long_conv import LongConv as LongConv
 from sparsejax.nnx._moe import Balance as Balance
 from sparsejax.nnx._moe import GroupedProjection as GroupedProjection
 from sparsejax.nnx._moe import MoE as MoE
+from sparsejax.nnx._structured import ButterflyLinear as ButterflyLinear
+from sparsejax.nnx._structured import KroneckerSparseLinear as KroneckerSparseLinear
+from sparsejax.nnx._structured import LowRankLinear as LowRankLinear
+from sparsejax.nnx._structured import MonarchLinear as MonarchLinear
+from sparsejax.nnx._structured import PixelflyLinear as PixelflyLinear
 from sparsejax.nnx._variables import GrowthProbe as GrowthProbe
 from sparsejax.nnx._variables import Layout as Layout
 from sparsejax.nnx._variables import Mask as Mask
@@ -26,16 +31,21 @@ from sparsejax.nnx._variables import Mask as Mask
 __all__ = [
     "Balance",
     "BlockSparseLinear",
+    "ButterflyLinear",
     "FanInLinear",
     "GroupedProjection",
     "GrowthProbe",
     "Indices",
+    "KroneckerSparseLinear",
     "Layout",
     "LongConv",
+    "LowRankLinear",
     "Mask",
     "MaskedLinear",
     "MoE",
+    "MonarchLinear",
     "NMLinear",
+    "PixelflyLinear",
     "SparseDoped",
     "SparseFactorized",
     "SparseParallel",
