@@ -14,7 +14,6 @@ CHAINS = {
     "monarch_4": st.monarch(1024, 1024, blocks=4),
     "monarch_16": st.monarch(1024, 1024, blocks=16),
     "monarch_32": st.monarch(1024, 1024, blocks=32),
-    "monarch_wide": st.monarch(256, 512, blocks=4),
     "monarch_padded": st.monarch(500, 300, blocks=7),
     "butterfly": st.butterfly(512),
     "butterfly_padded": st.butterfly(300, 450),
@@ -70,6 +69,11 @@ def test_padding_is_not_counted():
     np.testing.assert_allclose(np.abs(left[3, 0, 0]), 1, atol=1e-6)
     np.testing.assert_array_equal(left[3, 0, 1], 0)
     assert (left[:3] != 0).all()
+    # 4 of 6 inputs (j, k), j < 2 and k < 3: of block k = 0 both, of the others one.
+    (factor,) = draw(st.Chain((st.Pattern(a=1, b=2, c=2, d=3),), 4, 6))
+    np.testing.assert_allclose(np.abs(factor[0, 1:, 0]), 1, atol=1e-6)
+    np.testing.assert_array_equal(factor[0, 1:, 1], 0)
+    assert (factor[0, 0] != 0).all()
     # 5 of 16 entries: at the third level two blocks of a pair have no true input.
     w = product(np.eye(5), draw(st.butterfly(5, 16)))
     np.testing.assert_allclose((w**2).sum(0), np.ones(16), atol=1e-5)
