@@ -41,7 +41,8 @@ class Case:
         _spec.check_mosaic_gpu(problem, "h200")
         config = _spec.config_mosaic_gpu(problem, "h200")
         # As few programs as show that tiles follow each other in one.
-        config = dataclasses.replace(config, **{"programs": 2} | changes)
+        config = dataclasses.replace(config, programs=2)
+        config = dataclasses.replace(config, **changes)
         common = dict(config=config, interpret=interpret)
         if op == "kronecker_sampled":
             x, y = operands or (self.x, self.y)

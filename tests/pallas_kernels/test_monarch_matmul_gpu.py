@@ -6,8 +6,10 @@ Needs jax, numpy and pytest only, so that it runs where a GPU is:
 """
 
 import dataclasses
+import functools
 import re
 
+import jax
 import numpy as np
 import pytest
 from jax import numpy as jnp
@@ -15,12 +17,13 @@ from jax import numpy as jnp
 from pallas_kernels.monarch_matmul import _spec, mosaic_gpu
 
 
-def problem_of(rows, k, p, q, l, s, dtype):
+def problem_of(sizes, dtype="bfloat16"):
+    rows, k, p, q, l, s = sizes
     return _spec.Problem("monarch", rows, k, p, q, l, k * q // l, s, dtype)
 
 
-def check(interpret, *sizes, dtype="bfloat16", **changes):
-    problem = problem_of(*sizes, dtype)
+def check(interpret, sizes, dtype="bfloat16", **changes):
+    problem = problem_of(sizes, dtype)
     rows, k, p, q, l, r, s = dataclasses.astuple(problem)[1:-1]
     _spec.check_mosaic_gpu(problem, "h200")
     config = _spec.config_mosaic_gpu(problem, "h200")
@@ -44,12 +47,16 @@ def check(interpret, *sizes, dtype="bfloat16", **changes):
     assert (np.abs(y - want) <= bound).all()
 
 
+# Four blocks of left give 4 columns to each of right: 16 together, for one wgmma.
+SMALL = 70, 4, 64, 32, 8, 64
+
+
 @pytest.mark.parametrize(
     ("sizes", "dtype", "changes"),
     [
         # Columns that a block of left gives each of right: 4, 16, 1, 32. More rows
         # than a tile, and no multiple of 8; fewer.
-        ((70, 4, 64, 32, 8, 64), "bfloat16", {}),
+        (SMALL, "bfloat16", {}),
         ((20, 2, 128, 64, 4, 128), "float16", dict(group=2, stages=3)),
         ((9, 16, 64, 32, 32, 64), "bfloat16", {}),
         # Two groups; parts of right's columns.
@@ -57,13 +64,29 @@ def check(interpret, *sizes, dtype="bfloat16", **changes):
     ],
 )
 def test_product(sizes, dtype, changes, interpret):
-    check(interpret, *sizes, dtype=dtype, **changes)
+    check(interpret, sizes, dtype, **changes)
+
+
+@pytest.mark.parametrize("name", ["stages", "stages_right"])
+def test_one_stage_would_wait_for_ever(name):
+    with pytest.raises(ValueError, match=f"config.{name}: got 1, needed at least 2"):
+        check(None, SMALL, **{name: 1})
+
+
+def test_h_is_made_visible_before_it_is_multiplied():
+    """The simulation does not mind: there wgmma sees what was stored before."""
+    config = _spec.config_mosaic_gpu(problem_of(SMALL), "h200")
+    shapes = (70, 4 * 64), (4, 1, 64, 32), (1, 8, 16, 64)
+    run = functools.partial(mosaic_gpu.product, config=config)
+    args = [jax.ShapeDtypeStruct(shape, "bfloat16") for shape in shapes]
+    # Once for h, once for the only piece of y.
+    assert str(jax.make_jaxpr(run)(*args)).count("commit_smem") == 2
 
 
 # --- What is refused, and tiles -------------------------------------------------------
 
 # 4096 x 4096 of 32 blocks.
-GOOD = problem_of(4096, 32, 128, 128, 32, 128, "bfloat16")
+GOOD = problem_of((4096, 32, 128, 128, 32, 128))
 REFUSED = [
     (dict(dtype="float32"), "h200", "dtype is float32, needs bfloat16 or float16"),
     (dict(rows=0), "h200", "rows is 0, needs at least 1"),
@@ -101,9 +124,9 @@ def test_refuses(changes, chip, needs):
         # pieces 16, two stages of right 32, barriers 1; a stage of x and left 12 or 16.
         ((4096, 32, 128, 128, 32, 128), (8, 32, 128, 4)),
         ((4096, 16, 256, 256, 16, 256), (4, 16, 256, 3)),
-        ((4096, 4, 64, 32, 8, 64), (8, 16, 64, 6)),
+        (SMALL, (8, 16, 64, 6)),
     ],
 )
 def test_tiles(sizes, tiles):
-    config = _spec.config_mosaic_gpu(problem_of(*sizes, "bfloat16"), "h200")
+    config = _spec.config_mosaic_gpu(problem_of(sizes), "h200")
     assert (config.group, config.tile_r, config.tile_s, config.stages) == tiles
