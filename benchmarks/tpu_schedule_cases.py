@@ -19,6 +19,10 @@ from jax import numpy as jnp
 from pallas_kernels.block_sparse_matmul import _spec, mosaic_tpu
 from pallas_kernels.grouped_matmul import _spec as grouped_spec
 from pallas_kernels.grouped_matmul import mosaic_tpu as grouped_tpu
+from pallas_kernels.kronecker_sparse_matmul import _spec as kronecker_spec
+from pallas_kernels.kronecker_sparse_matmul import mosaic_tpu as kronecker_tpu
+from pallas_kernels.monarch_matmul import _spec as monarch_spec
+from pallas_kernels.monarch_matmul import mosaic_tpu as monarch_tpu
 from sparsejax.layouts import BlockLayout
 
 # Tiles are those of this chip; the tool that compiles is told the same name.
@@ -120,6 +124,55 @@ def grouped_matmul(name, m, k, n, groups, dtype="bfloat16", out_dtype=None, chip
     return title, fn, (*args, s((groups,), jnp.int32)), work
 
 
+def kronecker_sparse_matmul(name, m, pattern, dtype="bfloat16", chip=CHIP):
+    """One case of ``kronecker_sparse_matmul``: forward (dx is one too) or dw.
+
+    Work is that of the stored entries: what units add on their diagonals is none.
+    """
+    a, b, c, d = pattern
+    op = "kronecker_sampled" if name == "dw" else "kronecker"
+    problem = kronecker_spec.Problem(op, m, a, b, c, d, dtype, dtype)
+    kronecker_spec.check_mosaic_tpu(problem, chip)
+    config = kronecker_spec.config_mosaic_tpu(problem, chip)
+    units, wide_k, wide_n = kronecker_spec.units_mosaic_tpu(problem, config)
+    steps = units // config.units * math.ceil(m / config.tile_m)
+    steps *= wide_k // config.tile_k * (wide_n // config.tile_n)
+    s = jax.ShapeDtypeStruct
+    x, y = s((m, a * c * d), dtype), s((m, a * b * d), dtype)
+    if name == "dw":
+        fn = functools.partial(
+            kronecker_tpu.sampled,
+            pattern=pattern,
+            dtype=jnp.dtype(dtype),
+            config=config,
+        )
+        args = (x, y)
+    else:
+        fn = functools.partial(kronecker_tpu.product, config=config)
+        args = (x, s((a, d, c, b), dtype))
+    title = f"kronecker {name} {dtype} m={m} a={a} b={b} c={c} d={d}"
+    return title, fn, args, {"flops": 2 * m * a * b * c * d / steps}
+
+
+def monarch_matmul(m, n, blocks, dtype="bfloat16", chip=CHIP):
+    """One case of ``monarch_matmul``, n x n; a loop inside goes over a tile's rows."""
+    side = n // blocks
+    problem = monarch_spec.Problem(
+        "monarch", m, blocks, side, side, blocks, side, side, dtype
+    )
+    monarch_spec.check_mosaic_tpu(problem, chip)
+    config = monarch_spec.config_mosaic_tpu(problem, chip)
+    fn = functools.partial(monarch_tpu.product, config=config)
+    s = jax.ShapeDtypeStruct
+    left, right = s((blocks, 1, side, side), dtype), s((1, blocks, side, side), dtype)
+    work = {
+        "flops": 2 * m * 2 * blocks * side**2 / math.ceil(m / config.tile_m),
+        "trips": {2: config.tile_m / config.rows},
+    }
+    title = f"monarch {dtype} m={m} {n}x{n} {blocks} blocks"
+    return title, fn, (s((m, n), dtype), left, right), work
+
+
 def cases():
     square = (4096, 4096)
     for name in OPS:
@@ -136,3 +189,13 @@ def cases():
             yield grouped_matmul(name, 8192, 4096, 4096, 8, dtype)
         yield grouped_matmul(name, 8192, 2048, 1408, 64)
     yield grouped_matmul("dw", 8192, 4096, 4096, 8, out_dtype="float32")
+    for dtype in ("bfloat16", "float32"):
+        yield monarch_matmul(4096, 4096, 32, dtype)
+        for name in ("forward", "dw"):
+            yield kronecker_sparse_matmul(name, 4096, (32, 128, 128, 1), dtype)
+    yield monarch_matmul(4096, 4096, 16)
+    yield monarch_matmul(4096, 1024, 16)
+    # Blocks that are interleaved: XLA moves the columns of x and y.
+    yield kronecker_sparse_matmul("forward", 4096, (1, 128, 128, 32))
+    # A butterfly's level of stride 16: 64 zeros for each entry, and time to spare.
+    yield kronecker_sparse_matmul("forward", 4096, (128, 2, 2, 16))
