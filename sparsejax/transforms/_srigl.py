@@ -181,7 +181,10 @@ def _move(budget: int, gamma: float, fraction: Any, w: Any, g: Any, mask: Any) -
     held = _top_per_neuron(w, inputs, kept)
     grown = _top_per_neuron(g, inputs - per_neuron(held), ~mask)
     missing = inputs - per_neuron(held | grown)
-    return held | grown | _top_per_neuron(w, missing, mask & ~held)
+    back = lambda: _top_per_neuron(w, missing, mask & ~held)
+    none = lambda: jnp.zeros_like(mask)
+    # Seldom: a neuron has more zeros than it grows unless it is nearly dense.
+    return held | grown | jax.lax.cond(jnp.any(missing > 0), back, none)
 
 
 def _top_per_neuron(x: Any, counts: Any, where: Any) -> Any:

@@ -14,7 +14,7 @@ import pytest
 
 from sparsejax import routing
 from sparsejax.ops import moe_mlp, moe_mlp_reference
-from sparsejax.testing import assert_close
+from sparsejax.testing import assert_close, interpreted
 
 T, D, F = 7, 3, 4
 IDS = np.array([3, 0, 1, 2, 0, 4, 1])
@@ -437,3 +437,86 @@ def test_routers_and_experts_in_one(name):
     # Of so few numbers the largest error is luck: of five draws together.
     for of in outputs[0][0]:
         assert_close(*(np.stack([o[i][of] for o in outputs]) for i in range(3)))
+
+
+# --- The chips' kernels, interpreted --------------------------------------------------
+
+WIDE = 64  # what the Hopper kernels need
+NEW_PALLAS = tuple(int(v) for v in jax.__version__.split(".")[:2]) >= (0, 11)
+KERNELS = [
+    pytest.param("mosaic_tpu", marks=pytest.mark.slow),
+    # Its interpreter comes with jax 0.11; before, only the compile tests see it.
+    *([pytest.param("mosaic_gpu", marks=pytest.mark.exhaustive)] * NEW_PALLAS),
+]
+
+
+def experts_and_gradients(x, weights, w_in, w_gate, w_out, g):
+    """The loop of `experts`, and by hand the gradients of sum(y * g)."""
+    y, dx, dweights = np.zeros_like(x), np.zeros_like(x), np.zeros_like(weights)
+    dw_in, dw_gate, dw_out = (np.zeros_like(w) for w in (w_in, w_gate, w_out))
+    for t, e in zip(*np.nonzero(weights), strict=True):
+        a, b = x[t] @ w_gate[e], x[t] @ w_in[e]
+        s = sigmoid(a)
+        h, dh = a * s * b, weights[t, e] * (w_out[e] @ g[t])
+        y[t] += weights[t, e] * (h @ w_out[e])
+        dweights[t, e] = (h @ w_out[e]) @ g[t]
+        dw_out[e] += weights[t, e] * np.outer(h, g[t])
+        da, db = dh * b * s * (1 + a * (1 - s)), dh * a * s
+        dw_gate[e] += np.outer(x[t], da)
+        dw_in[e] += np.outer(x[t], db)
+        dx[t] += w_gate[e] @ da + w_in[e] @ db
+    return y, (dweights, dx, dw_in, dw_out, dw_gate)
+
+
+@partial(jax.jit, static_argnums=0)
+def op_and_gradients(op, decided, arrays, g):
+    def apply(weights, x, w_in, w_out, w_gate):
+        of = dataclasses.replace(decided, weights=weights, mask=None, demand=None)
+        return op(x, of, w_in, w_out, w_gate=w_gate)
+
+    y, pull = jax.vjp(apply, decided.weights, *(arrays[n] for n in GIVEN))
+    return y, pull(g)
+
+
+BY_KERNEL = {
+    name: partial(moe_mlp, implementation=interpreted(name))
+    for name in ("mosaic_tpu", "mosaic_gpu")
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_routers_and_kernels(kernel, name):
+    router, _, e, _, mask = CASES[name]
+    rng = np.random.default_rng(list(CASES).index(name))
+    shapes = dict(
+        x=(T, WIDE), w_in=(e, WIDE, WIDE), w_gate=(e, WIDE, WIDE), w_out=(e, WIDE, WIDE)
+    )
+    low = {
+        n: jnp.asarray(rng.normal(size=shape) / 8**0.5, jnp.bfloat16)
+        for n, shape in shapes.items()
+    }
+    g = jnp.asarray(rng.normal(size=(T, WIDE)), jnp.bfloat16)
+    f64 = lambda a: np.asarray(a, np.float64)
+    for skew in SKEWS:
+        logits = draw(name, skew)[0]["logits"]
+        decided = router(jnp.asarray(logits, jnp.float32), mask=jnp.asarray(mask))
+        tokens, chosen, each = (np.asarray(a) for a in decided.choices())
+        table, inside = np.zeros((T, e)), chosen < e
+        table[tokens[inside], chosen[inside]] = each[inside]
+        arrays = [f64(low[n]) for n in ("w_in", "w_gate", "w_out")]
+        want, exact = experts_and_gradients(f64(low["x"]), table, *arrays, f64(g))
+        y, grads = op_and_gradients(BY_KERNEL[kernel], decided, low, g)
+        plain_y, plain_grads = op_and_gradients(plain, decided, low, g)
+        assert y.dtype == grads[1].dtype == jnp.bfloat16
+        assert_close(y, want, plain_y)
+        for each in zip(grads[1:], exact[1:], plain_grads[1:], strict=True):
+            assert np.abs(each[1]).max() > 0
+            assert_close(*each)
+
+        by_choice = [
+            np.asarray(dataclasses.replace(decided, weights=slopes).choices()[2])
+            for slopes in (grads[0], plain_grads[0])
+        ]
+        dweights = exact[0][tokens[inside], chosen[inside]]
+        assert_close(by_choice[0][inside], dweights, by_choice[1][inside])

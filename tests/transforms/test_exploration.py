@@ -14,7 +14,7 @@ MASKS = {"w": jnp.array([[True, True, True, False, False, False]])}
 PARAMS = {"w": row(3, -1, 2, 0, 0, 0)}
 # Kept entries have the largest gradients and do not compete.
 SCORES = {"w": row(9, 9, 9, 0.1, -1.9, 1.0)}
-COUNTS = {"w": jnp.array([[5, 6, 7, 0, 3, 1]], jnp.uint16)}
+COUNTS = {"w": jnp.array([[5, 6, 7, 0, 3, 1]], jnp.uint8)}
 
 
 def update(now, **changes):
@@ -69,8 +69,8 @@ def test_counts_are_kept_over_updates_and_stay_at_their_last_value():
         memory = updater.observe(now, jnp.array(step % 8 == 0))
         if step % 8 == 0:
             masks, memory, _ = updater.update(now._replace(memory=memory))
-    np.testing.assert_array_equal(memory["w"], 3 * masks["w"].astype(jnp.uint16))
-    full = {"w": jnp.full((1, 6), 65535, jnp.uint16)}
+    np.testing.assert_array_equal(memory["w"], 3 * masks["w"].astype(jnp.uint8))
+    full = {"w": jnp.full((1, 6), 255, jnp.uint8)}
     _, memory, _ = update(MaskUpdate(MASKS, full, PARAMS, SCORES, KEY, jnp.int32(8)))
     np.testing.assert_array_equal(memory["w"], full["w"])
 

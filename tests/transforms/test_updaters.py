@@ -458,7 +458,7 @@ def test_whole_units_move_by_hand(name):
         (
             # t = 0: growth by the gradient alone. Of one unit's shape each.
             transforms.exploration_exploitation,
-            {"w": jnp.zeros(on(before).shape, jnp.uint16)},
+            {"w": jnp.zeros(on(before).shape, jnp.uint8)},
         ),
     ):
         updater = make(**options)
