@@ -60,6 +60,9 @@ from sparsejax.layers._moe import MoEAux as MoEAux
 from sparsejax.layers._moe import apply_moe as apply_moe
 from sparsejax.layers._moe_spec import MoESpec as MoESpec
 from sparsejax.layers._moe_spec import init_moe as init_moe
+from sparsejax.layers._structure import StructuredLayer as StructuredLayer
+from sparsejax.layers._structure import StructureReport as StructureReport
+from sparsejax.layers._structure import structure as structure
 from sparsejax.layers._structured import (
     KroneckerSparseLinearSpec as KroneckerSparseLinearSpec,
 )
@@ -99,6 +102,8 @@ __all__ = [
     "SparseFactorizedSpec",
     "SparseParallelSpec",
     "SparseWideSpec",
+    "StructureReport",
+    "StructuredLayer",
     "apply_block_sparse_linear",
     "apply_condensed",
     "apply_fan_in_linear",
@@ -127,4 +132,5 @@ __all__ = [
     "init_pixelfly_linear",
     "iso_flop",
     "iso_flop_chain",
+    "structure",
 ]

@@ -290,8 +290,6 @@ def apply_pixelfly_linear(
       >>> params = layers.init_pixelfly_linear(jax.random.key(0), spec)
       >>> {name: value.shape for name, value in params.items()}
       {'blocks': (10, 16, 16), 'down': (48, 4), 'up': (4, 96), 'bias': (96,)}
-      >>> layers.apply_pixelfly_linear(spec, params, jnp.ones((2, 48))).shape
-      (2, 96)
     """
     _check_input(spec, x)
     blocks = params["blocks"]

@@ -5,6 +5,7 @@ Collections: "params" for kernel and bias, "topology" for ``kernel_mask``,
 growth score; the last may be left out when a module is applied.
 """
 
+from sparsejax.layers import structure as structure
 from sparsejax.linen._condensed import FanInLinear as FanInLinear
 from sparsejax.linen._condensed import NMLinear as NMLinear
 from sparsejax.linen._iso_flop import SparseDoped as SparseDoped
@@ -39,4 +40,5 @@ __all__ = [
     "SparseFactorized",
     "SparseParallel",
     "SparseWide",
+    "structure",
 ]

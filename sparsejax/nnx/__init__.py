@@ -19,6 +19,7 @@ from sparsejax.nnx._long_conv import LongConv as LongConv
 from sparsejax.nnx._moe import Balance as Balance
 from sparsejax.nnx._moe import GroupedProjection as GroupedProjection
 from sparsejax.nnx._moe import MoE as MoE
+from sparsejax.nnx._structure import structure as structure
 from sparsejax.nnx._structured import ButterflyLinear as ButterflyLinear
 from sparsejax.nnx._structured import KroneckerSparseLinear as KroneckerSparseLinear
 from sparsejax.nnx._structured import LowRankLinear as LowRankLinear
@@ -50,4 +51,5 @@ __all__ = [
     "SparseFactorized",
     "SparseParallel",
     "SparseWide",
+    "structure",
 ]
