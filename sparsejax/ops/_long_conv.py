@@ -266,9 +266,11 @@ def _call(static_and_op, *arrays):
     return _dispatch.call(LONG_CONV, static.choice, problem, *arrays)
 
 
-# Sides of what a matrix unit takes, or of a product that a CPU's core is quick at; and
-# how many entries of u a CPU works on at a time: their spectra then stay in cache.
-_SIDE, _SIDE_CPU, _PIECE = 128, 32, 2**18
+# Sides of what a matrix unit takes, or of a product that a CPU's core is quick at.
+_SIDE, _SIDE_CPU = 128, 32
+# How many entries of u a CPU works on at a time: their spectra then stay in cache. But
+# its FFT takes one signal per lane of a vector, on each core.
+_PIECE, _TOGETHER = 2**18, 32
 
 
 def _run_xla(problem, chip, interpret, *arrays):
@@ -283,7 +285,7 @@ def _run_xla(problem, chip, interpret, *arrays):
 
 def _on_cpu(problem):
     if _long_conv_xla.prefers_fft(problem):
-        return _long_conv_xla.fft(problem, _PIECE)
+        return _long_conv_xla.fft(problem, max(_PIECE, _TOGETHER * problem.signal))
     return _long_conv_xla.monarch(problem, _SIDE_CPU, _PIECE)
 
 

@@ -21,7 +21,9 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [pytest.param("default", marks=pytest.mark.slow), "all"]
+)
 def test_equal_outputs_and_gradients_from_equal_parameters(case):
     arguments = CASES[case]
     module = sj.nnx.LongConv(4, 8, **arguments, rngs=nnx.Rngs(0))

@@ -37,6 +37,12 @@ FORMS = {
 }
 
 
+def slowly(cases, *quick):
+    """All but a few are marked slow."""
+    marks = lambda case: [] if case in quick else [pytest.mark.slow]
+    return [pytest.param(case, marks=marks(case)) for case in cases]
+
+
 def f64(a):
     return np.asarray(a, np.float64)
 
@@ -87,7 +93,9 @@ def run(u, k, dy, how, fn):
     return both(u, k, dy)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", slowly(CASES, "causal", "circular_prime", "low", "low_awkward", "bf16")
+)
 def test_value_and_gradients(name):
     how, u, k, dy = case(name)
     got = run(u, k, dy, how, long_conv)
@@ -99,9 +107,14 @@ def test_value_and_gradients(name):
         assert_close(a, want, base)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", slowly(FORMS, "monarch", "pieces"))
 @pytest.mark.parametrize(
-    "name", ["causal", "circular", "low", "low_circular_odd", "bf16"]
+    "name",
+    slowly(
+        ["causal", "circular", "low", "low_circular_odd", "bf16"],
+        "causal",
+        "low_circular_odd",
+    ),
 )
 def test_every_form_of_every_product(form, name):
     """What a CPU does not choose, too: exact grids, shifted grids, skipped columns."""
@@ -194,13 +207,7 @@ def test_gates():
         assert_close(got, exactly, low)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "causal",
-        *(pytest.param(n, marks=pytest.mark.slow) for n in ("low", "circular_prime")),
-    ],
-)
+@pytest.mark.parametrize("name", slowly(["causal", "low", "circular_prime"], "causal"))
 def test_gradient_of_gradient(name):
     how, u, k, _ = case(name)
     square = lambda g: jnp.sum(jnp.square(g))
@@ -218,6 +225,7 @@ def test_gradient_of_gradient(name):
         assert_close(a, exactly, base)
 
 
+@pytest.mark.slow
 def test_third_derivative_exists():
     how, u, k, _ = case("prime_partial")
     f = lambda s: jnp.sum(jnp.sin(long_conv(s * u, s * k, **how)))
@@ -261,7 +269,9 @@ def test_leading_axes_and_empty_batches():
     assert long_conv(u[:, :0], k[:0]).shape == (2, 0, 40)
 
 
-@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize(
+    "axis_type", slowly([AxisType.Auto, AxisType.Explicit], AxisType.Explicit)
+)
 def test_on_a_mesh(axis_type):
     """Batch and features cut; the shared kernel gets the summed gradient."""
     _, u, k, dy = case("causal")
@@ -348,6 +358,7 @@ def test_gradient_has_the_kernels_own_shape():
     np.testing.assert_allclose(dk[0], jax.grad(loss, 1)(u, k), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_odd_lengths():
     """There lengths are even, of some sizes multiples of 4."""
     rng = np.random.default_rng(1)
