@@ -2,7 +2,8 @@
 
 ``nnx`` and ``linen`` wrap these and add no arithmetic, so both have the same parameter
 names and shapes: ``kernel`` and ``bias``, with the topology beside them as
-``kernel_mask``, ``kernel_layout`` or ``kernel_indices``.
+``kernel_mask``, ``kernel_layout`` or ``kernel_indices``. Structured layers have
+``factor_0``, ``factor_1``, ..., or ``down``, ``up`` and ``blocks``, for the kernel.
 """
 
 from sparsejax.layers._condense import CondensedChoice as CondensedChoice

@@ -45,7 +45,7 @@ def both(case, k=30, n=50):
     return module, getattr(sj.linen, name)(k, n, **kwargs)
 
 
-SLOW = {"MonarchLinear rank", "KroneckerSparseLinear one"}
+SLOW = {"MonarchLinear rank", "KroneckerSparseLinear one", "PixelflyLinear"}
 SLOW |= {case for case in CASES if "bf16" in case}
 
 
@@ -128,6 +128,7 @@ def test_a_fresh_layer_has_the_standard_deviation_of_a_dense_one(make):
     assert abs(float(jnp.std(y) / jnp.std(dense)) - 1) < 0.05
 
 
+@pytest.mark.slow
 def test_float32_masters_of_a_bfloat16_layer_have_float32_gradients():
     layer, _ = both("MonarchLinear bf16")
     x = jax.random.normal(jax.random.key(1), (64, 30))
