@@ -13,6 +13,7 @@ from sparsejax import _dispatch
 from sparsejax._dispatch import Choice, Implementation
 from sparsejax.ops import _kronecker_sparse_xla
 from sparsejax.ops._checks import accumulator, check_floating, over_explicit_axes
+from sparsejax.ops._merged_factors import note
 from sparsejax.ops._products import (
     SAMPLED,
     TRANSPOSED,
@@ -227,6 +228,11 @@ def _run_xla(problem, chip, interpret, x, other):
     return _kronecker_sparse_xla.sampled(x, other, pattern=pattern, dtype=out)
 
 
+def _note_xla(problem):
+    pattern = Pattern(problem.a, problem.b, problem.c, problem.d)
+    return note([pattern], problem.rows)
+
+
 def _kernels(name):
     """The kernels' file of an implementation and how it picks tiles, loaded if used."""
     if name == "mosaic_tpu":
@@ -253,7 +259,13 @@ def _anything(problem, chip):
 
 
 KRONECKER = {
-    "xla": Implementation("xla", None, _anything, _run_xla),
+    "xla": Implementation("xla", None, _anything, _run_xla, note=_note_xla),
+    "mosaic_tpu": Implementation(
+        "mosaic_tpu",
+        "tpu",
+        _spec.check_mosaic_tpu,
+        functools.partial(_run_kernel, "mosaic_tpu"),
+    ),
     # Hopper only: not offered to a GPU of which nothing is known.
     "mosaic_gpu": Implementation(
         "mosaic_gpu",

@@ -15,10 +15,14 @@ from jax import lax
 
 from sparsejax._dispatch import vary_alike
 from sparsejax.ops._checks import accumulator
+from sparsejax.ops._merged_factors import prefers_dense
+from sparsejax.structured import Pattern
 
-# Rows of a tile: x's, an intermediate's and y's fit a core's 1 MiB of L2 with 64 of
-# them at a width of 1024, but each step of the loop costs several microseconds.
-_TILE = 256
+# Entries of a row times rows of a tile: x's, what is between and y's are in L2 and L3.
+_TILE = 208 * 1024
+# Tiles that a step of the loop has at work: XLA runs what does not depend on each other
+# at the same time, where a product of small blocks is one thread's.
+_AT_WORK = 4
 
 
 def product(x, *factors):
@@ -31,9 +35,7 @@ def product(x, *factors):
     Returns:
       y [m, a * b * d], as the last factor gives; dtype of x.
     """
-    return lax.platform_dependent(
-        x, *factors, cpu=_over_tiles, default=_einsum_by_einsum
-    )
+    return lax.platform_dependent(x, *factors, cpu=_on_cpu, default=_einsum_by_einsum)
 
 
 def sampled(x, y, *, pattern, dtype):
@@ -72,21 +74,40 @@ def _einsum_by_einsum(x, *factors):
     return x
 
 
+def _on_cpu(x, *factors):
+    patterns = [Pattern.of(factor) for factor in factors]
+    if prefers_dense(patterns, x.shape[0]):
+        wide = accumulator(x.dtype)
+        eye = jnp.eye(x.shape[1], dtype=wide)
+        w = _einsum_by_einsum(eye, *(factor.astype(wide) for factor in factors))
+        return (x.astype(wide) @ w).astype(x.dtype)
+    return _over_tiles(x, *factors)
+
+
 def _over_tiles(x, *factors):
     (m, n), (a, d, _, b) = x.shape, factors[-1].shape
     wide = accumulator(x.dtype)
     factors = [factor.astype(wide) for factor in factors]
-    tile = min(m, _TILE)
+    tile = tile_rows(m, n, *(Pattern.of(factor).out_size for factor in factors))
+    at_work = min(_AT_WORK, -(-m // tile))
 
     def step(i, y):
         # The last tile overlaps the one before it and writes the same values again.
-        row = jnp.minimum(i * tile, m - tile)
-        x_i = lax.dynamic_slice(x, (row, 0), (tile, n)).astype(wide)
-        y_i = _tile(x_i, factors).astype(x.dtype)
-        return lax.dynamic_update_slice(y, y_i, (row, 0))
+        rows = [jnp.minimum((i * at_work + j) * tile, m - tile) for j in range(at_work)]
+        tiles = [lax.dynamic_slice(x, (row, 0), (tile, n)) for row in rows]
+        tiles = [_tile(x_i.astype(wide), factors).astype(x.dtype) for x_i in tiles]
+        # Else each is written where it is turned, one after the other.
+        for row, y_i in zip(rows, lax.optimization_barrier(tiles), strict=True):
+            y = lax.dynamic_update_slice(y, y_i, (row, 0))
+        return y
 
     y = vary_alike(jnp.zeros((m, a * b * d), x.dtype), x)[0]
-    return lax.fori_loop(0, -(-m // tile), step, y)
+    return lax.fori_loop(0, -(-m // (tile * at_work)), step, y)
+
+
+def tile_rows(m: int, *widths: int) -> int:
+    """An odd multiple of 16: a column of a tile is then in many sets of a cache."""
+    return min(m, _TILE // max(widths) // 32 * 32 + 16)
 
 
 def _tile(x, factors):

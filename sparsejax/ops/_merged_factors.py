@@ -13,8 +13,11 @@ import jax
 from sparsejax.ops._checks import accumulator
 from sparsejax.structured import Pattern, to_dense
 
-# In multiply-adds of a large dense product on one core, measured on a CPU:
-_COPY = 20  # reading or writing an entry of a row between products
+# In multiply-adds of a large dense product, measured on a CPU of two cores. That x and
+# y of a small product are copied and turned is what makes blocks of 32 no quicker than
+# blocks of 64, of which there are half as many.
+_COPY = 60  # reading or writing an entry of a row between products
+_READ = 6  # reading an entry of a matrix
 _STEP = 2**20  # starting a product
 _MERGE = 30  # a multiply-add while factors are merged
 
@@ -71,10 +74,41 @@ def cost(patterns: Sequence[Pattern], rows: int) -> float:
     p = merged_pattern(patterns)
     side = 2 * p.b * p.c / (p.b + p.c)
     loops = 1.1 + 55 / side + 250 / side**2
-    total = rows * (
-        math.prod(p.factor_shape) * loops + _COPY * (p.in_size + p.out_size)
-    )
+    total = math.prod(p.factor_shape) * (rows * loops + _READ) + _STEP
+    total += _COPY * rows * (p.in_size + p.out_size)
     if len(patterns) > 1:
         stored = sum(math.prod(p.factor_shape) for p in patterns)
         total += _MERGE * p.c * stored + _STEP * len(patterns)
-    return total + _STEP
+    return total
+
+
+def ratio_to_dense(patterns: Sequence[Pattern], rows: int) -> float:
+    """Of the time of a product factor by factor, to that with a dense matrix."""
+    whole = Pattern(1, patterns[-1].out_size, patterns[0].in_size, 1)
+    return sum(cost([p], rows) for p in patterns) / cost([whole], rows)
+
+
+def prefers_dense(patterns: Sequence[Pattern], rows: int) -> bool:
+    """Whether it is quicker to write the whole matrix down, and multiply by that.
+
+    Writing it is a product with the identity, here twice as slow as with rows of x.
+    """
+    whole = Pattern(1, patterns[-1].out_size, patterns[0].in_size, 1)
+    by_factors = lambda rows: sum(cost([p], rows) for p in patterns)
+    written = 2 * by_factors(whole.c) + cost([whole], rows)
+    return written < by_factors(rows)
+
+
+def note(patterns: Sequence[Pattern], rows: int) -> str:
+    """A line for ``explain`` on what structure saves on a CPU."""
+    size = patterns[0].in_size * patterns[-1].out_size
+    share = sum(math.prod(p.factor_shape) for p in patterns) / size
+    ratio = ratio_to_dense(patterns, rows)
+    text = f"{share:.1%} of dense's multiply-adds"
+    if ratio < 1:
+        return f"{text}, about {ratio:.2f} of its time by the CPU's static rule"
+    why = "few rows" if rows < 16 else "small blocks or few of them"
+    text = f"{text}, but slower than dense by the CPU's static rule ({ratio:.1f} times)"
+    if prefers_dense(patterns, rows):
+        text = f"densify and multiply: {text}"
+    return f"{text}: {why}"

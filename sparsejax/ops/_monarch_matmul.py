@@ -20,7 +20,9 @@ from sparsejax.ops._kronecker_sparse_matmul import (
     over_rows,
     static_of,
 )
+from sparsejax.ops._merged_factors import note
 from sparsejax.ops._products import batched_by_loop
+from sparsejax.structured import Pattern
 
 
 def monarch_matmul(
@@ -163,6 +165,11 @@ def _run_xla(problem, chip, interpret, x, left, right):
     return _kronecker_sparse_xla.product(x, left, right)
 
 
+def _note_xla(problem):
+    one = Pattern(problem.k, problem.q, problem.p, 1)
+    return note([one, Pattern(1, problem.s, problem.r, problem.l)], problem.rows)
+
+
 def _kernel(name):
     """The kernel of an implementation and how it picks tiles, loaded if used."""
     if name == "mosaic_tpu":
@@ -184,7 +191,13 @@ def _anything(problem, chip):
 
 
 MONARCH = {
-    "xla": Implementation("xla", None, _anything, _run_xla),
+    "xla": Implementation("xla", None, _anything, _run_xla, note=_note_xla),
+    "mosaic_tpu": Implementation(
+        "mosaic_tpu",
+        "tpu",
+        _spec.check_mosaic_tpu,
+        functools.partial(_run_kernel, "mosaic_tpu"),
+    ),
     # Hopper only: not offered to a GPU of which nothing is known.
     "mosaic_gpu": Implementation(
         "mosaic_gpu",

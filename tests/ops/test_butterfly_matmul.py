@@ -24,7 +24,7 @@ CASES = {
     "butterfly_bf16": (24, butterfly(32), "bfloat16"),
     "one_row": (1, butterfly(16), "float32"),
     "order_3": (9, tensor_train((2, 3, 4), (5, 2, 3), 2, out_size=29), "float32"),
-    "monarch": (8, monarch(64, 96, blocks=4), "bfloat16"),
+    "monarch": (8, monarch(256, 512, blocks=4), "bfloat16"),
     # Strides fall and rise; one factor has a column of blocks beside its neighbour's.
     "any_order": (
         5,

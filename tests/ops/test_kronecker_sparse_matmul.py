@@ -37,7 +37,17 @@ CASES = {
 QUICK = ["f32", "bf16", "butterfly_level"]
 
 # The whole table of what a named implementation refuses; anything else must be served.
-REFUSED = {}
+REFUSED = {
+    ("mosaic_tpu", "f16"): "dtype is float16",
+    ("mosaic_gpu", "f32"): "dtype is float32",
+    ("mosaic_gpu", "bf16"): "b is 32, needs a multiple of 64",
+    ("mosaic_gpu", "f16"): "c is 8, needs a multiple of 64",
+    ("mosaic_gpu", "block_diagonal"): "dtype is float32",
+    ("mosaic_gpu", "shuffled"): "c is 32, needs a multiple of 64",
+    ("mosaic_gpu", "butterfly_level"): "c is 2, needs a multiple of 64",
+    ("mosaic_gpu", "one_row"): "c is 5, needs a multiple of 64",
+    ("mosaic_gpu", "several_tiles"): "dtype is float32",
+}
 
 
 def slowly(names):

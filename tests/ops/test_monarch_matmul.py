@@ -9,6 +9,7 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
+import sparsejax as sj
 from sparsejax.ops import monarch_matmul, monarch_matmul_reference
 from sparsejax.ops._monarch_matmul import MONARCH
 from sparsejax.structured import monarch
@@ -33,7 +34,22 @@ CASES = {
 QUICK = ["f32", "bf16", "several_tiles"]
 
 # The whole table of what a named implementation refuses; anything else must be served.
-REFUSED = {}
+REFUSED = {
+    ("mosaic_tpu", "f16"): "dtype is float16",
+    **{("mosaic_tpu", name): "q is .* needs" for name in ("f32", "more_of_the_right")},
+    ("mosaic_tpu", "rank_1"): "q is .* needs",
+    ("mosaic_tpu", "one_block"): "q is .* needs",
+    ("mosaic_tpu", "one_row"): "q is .* needs",
+    ("mosaic_tpu", "several_tiles"): "q is .* needs",
+    ("mosaic_gpu", "f32"): "dtype is float32",
+    ("mosaic_gpu", "bf16"): "p is 32, needs a multiple of 64",
+    ("mosaic_gpu", "f16"): "p is 8, needs a multiple of 64",
+    ("mosaic_gpu", "more_of_the_right"): "p is 16, needs a multiple of 64",
+    ("mosaic_gpu", "rank_1"): "dtype is float32",
+    ("mosaic_gpu", "one_block"): "dtype is float32",
+    ("mosaic_gpu", "one_row"): "p is 16, needs a multiple of 64",
+    ("mosaic_gpu", "several_tiles"): "dtype is float32",
+}
 
 
 def slowly(names):
@@ -194,7 +210,8 @@ def test_vmap(implementation, axes):
 
 @pytest.mark.parametrize("implementation", slowly([*IMPLEMENTATIONS, None]))
 def test_scan_checkpoint_and_no_retrace(implementation):
-    x, left, right, _ = case("one_row")
+    name = "one_row" if implementation in ("xla", None) else "for_kernels"
+    x, left, right, _ = case(name)
     impl, traces = choice(implementation), []
     layers = jnp.stack([left, -left]), jnp.stack([right, right])
 
@@ -336,3 +353,17 @@ def test_named_implementation_never_falls_back(implementation):
     needs = {"mosaic_tpu": "tpu", "mosaic_gpu": "cuda"}[implementation]
     with pytest.raises(NotImplementedError, match=f"needs platform {needs}, got cpu"):
         monarch_matmul(*args, implementation=implementation)
+
+
+def test_explain_says_where_dense_is_faster():
+    shape = lambda *s: jax.ShapeDtypeStruct(s, jnp.float32)
+    say = lambda rows, blocks, side: sj.explain(
+        monarch_matmul,
+        shape(rows, blocks * side),
+        shape(blocks, 1, side, side),
+        shape(1, blocks, side, side),
+    )
+    assert "12.5% of dense's multiply-adds, about 0." in say(4096, 16, 64)
+    assert "slower than dense" in say(1, 4, 16)  # one row
+    assert "densify and multiply" in say(4096, 2, 32)  # few blocks, of 32
+    assert "slower than dense" in say(4096, 4, 32)
