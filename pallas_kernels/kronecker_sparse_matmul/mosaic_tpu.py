@@ -13,11 +13,15 @@ unit's matrix stays in VMEM while rows stream. Grid of ``sampled``: (units, tile
 rows, tiles of columns, row tiles): each unit's whole product is summed in float32, and
 XLA takes the blocks out of it.
 
-Padding, outside: columns, where units do not cover them exactly.
+Padding, outside: columns, where units do not cover them exactly. An infinity or NaN in
+one block's columns of x makes NaN of a row's results from the others of its unit too.
 
 Dtypes: bfloat16 and float32, accumulated in float32. Products of float32 go at the
 precision of ``jax.default_matmul_precision``, as those of XLA do.
-Chips: compiled for v4, v5e, v5p, v6e and tpu7x, jax 0.10.2. Not yet run on a TPU.
+Chips: compiled for v4, v5e, v5p, v6e and tpu7x, jax 0.10.2. Not yet run on a TPU. By
+the compiler's schedule for v5e, bfloat16, 32 blocks of 128 x 128: 0.97 of the matrix
+peak for the product, 0.68 for the sampled one; XLA's passes for interleaved blocks are
+not in these.
 """
 
 import functools

@@ -93,6 +93,13 @@ def test_other_patterns(case, chip, op, dtype):
     kronecker(chip, op, *case, dtype)
 
 
+def test_64_bit_types_on():
+    with jax.enable_x64(True):
+        kronecker("v5e", "kronecker", 100, (4, 32, 32, 2), "bfloat16")
+        kronecker("v5e", "kronecker_sampled", 100, (4, 32, 32, 2), "bfloat16")
+        monarch("v5e", 100, 4, 128, 128, 4, 128, "bfloat16")
+
+
 def test_float32_master_gradient():
     kronecker("v5e", "kronecker_sampled", 512, (8, 64, 64, 1), "bfloat16", "float32")
 

@@ -46,35 +46,39 @@ def check(m, k, p, q, l, s, dtype, *, interpret=True, **changes):  # noqa: E741
 
 
 CASES = {
-    # (rows, k, p, q, l, s): what the layout does with it.
+    # What the layout does: rows, k, p, q, l, s.
     "two blocks in a panel of x": (20, 4, 64, 64, 4, 128),
-    "several blocks in a panel of y, a padded rank": (8, 4, 128, 120, 8, 64),
-}
-SLOW = {
+    "two panels for a block of right, two of its in one of y": (8, 8, 128, 60, 4, 64),
     "no shuffle of h, ranks in two pieces": (8, 2, 128, 512, 2, 128),
     "padded x, y transposed outside": (24, 3, 96, 384, 3, 40),
     "several panels of every kind": (24, 8, 256, 256, 8, 256),
+    "as many blocks as lanes": (8, 2, 128, 8192, 128, 128),
 }
-BY_HAND = (pytest.mark.slow, pytest.mark.exhaustive)
-EXHAUSTIVE = {"as many blocks as lanes": (8, 2, 128, 8192, 128, 128)}
+QUICK = [(0, "bfloat16"), (1, "float32")]
+BY_HAND = [(5, "bfloat16"), (5, "float32")]
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-@pytest.mark.parametrize(
-    "case",
-    [
-        *CASES,
-        *(pytest.param(case, marks=pytest.mark.slow) for case in SLOW),
-        *(pytest.param(case, marks=BY_HAND) for case in EXHAUSTIVE),
-    ],
-)
+def params():
+    for index, name in enumerate(CASES):
+        for dtype in ("bfloat16", "float32"):
+            marks = [] if (index, dtype) in QUICK else [pytest.mark.slow]
+            marks += [pytest.mark.exhaustive] * ((index, dtype) in BY_HAND)
+            yield pytest.param(name, dtype, marks=marks)
+
+
+@pytest.mark.parametrize(("case", "dtype"), list(params()))
 def test_against_float64(case, dtype):
-    check(*(CASES | SLOW | EXHAUSTIVE)[case], dtype)
+    check(*CASES[case], dtype)
 
 
 def test_several_tiles_and_chunks():
     # 3 tiles of 32 rows, the last one short, in two chunks each; one exchange of two.
     check(70, 2, 128, 128, 2, 128, "bfloat16", tile_m=32, rows=16)
+
+
+def test_64_bit_types_on():
+    with jax.enable_x64(True):
+        check(8, 2, 128, 128, 2, 128, "bfloat16")
 
 
 def test_with_simulated_memory():
