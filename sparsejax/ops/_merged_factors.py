@@ -55,7 +55,8 @@ def plan(patterns: Sequence[Pattern], rows: int) -> tuple[int, ...]:
       patterns: Of the chain's factors.
       rows: Of x.
     """
-    best = [(0.0, ())]  # cost and runs of the first so many factors
+    # Cost and runs of the first so many factors.
+    best: list[tuple[float, tuple[int, ...]]] = [(0.0, ())]
     for end in range(1, len(patterns) + 1):
         ways = [
             (best[start][0] + cost(patterns[start:end], rows), start)
