@@ -94,7 +94,7 @@ def run(u, k, dy, how, fn):
 
 
 @pytest.mark.parametrize(
-    "name", slowly(CASES, "causal", "circular_prime", "low", "low_awkward", "bf16")
+    "name", slowly(CASES, "causal", "circular_prime", "low_awkward", "bf16")
 )
 def test_value_and_gradients(name):
     how, u, k, dy = case(name)
@@ -112,7 +112,6 @@ def test_value_and_gradients(name):
     "name",
     slowly(
         ["causal", "circular", "low", "low_circular_odd", "bf16"],
-        "causal",
         "low_circular_odd",
     ),
 )
@@ -362,7 +361,8 @@ def test_gradient_has_the_kernels_own_shape():
 def test_odd_lengths():
     """There lengths are even, of some sizes multiples of 4."""
     rng = np.random.default_rng(1)
-    for t, l in ((5, 3), (33, 33)):
+    # The last: 81 entries, one more than a grid of 10 x 8 has.
+    for t, l in ((5, 3), (33, 33), (70, 12)):
         u, k, dy = (
             jnp.asarray(rng.standard_normal((1, 1, s)), "float32") for s in (t, l, t)
         )
