@@ -103,6 +103,7 @@ def test_a_model_that_is_of_the_form_computes_the_same():
     assert "would do as well" not in str(report)
 
 
+@pytest.mark.slow
 def test_a_shared_layer_stays_one_and_a_model_may_be_one_layer():
     rule = lambda path, shape: st.LowRank(*shape, 3) if shape == (12, 12) else None
     model = Model()
@@ -202,6 +203,7 @@ def test_linen_tree():
     np.testing.assert_allclose(y, x @ near + w["bias"], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_what_a_linen_tree_offers():
     """Matrices beside nothing but a bias; others only where declared as stacks."""
     leaf = lambda *shape: jax.random.normal(jax.random.key(0), shape)
