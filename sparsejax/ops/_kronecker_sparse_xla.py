@@ -3,11 +3,12 @@
     product   y[i, o, k] = sum_j x[i, j, k] factor[i, k, j, o]       factor after factor
     sampled   factor[i, k, j, o] = sum of x[i, j, k] y[i, o, k] over the rows
 
-On a CPU in a loop over tiles of rows that stay in cache, all factors within: a tile is
-turned by the first product, so that its rows are entries of x and what is between two
-factors moves in runs, and is turned back at the end. Bfloat16 and float16 become
-float32 there. Elsewhere, one batched product per factor. Not differentiable in
-reverse mode; it sits inside the operators' ``custom_vjp``.
+On a CPU, a product of several factors, many rows and small blocks goes in a loop over
+tiles of rows that stay in cache, all factors within: a tile is turned by the first
+product, so that what is between two factors moves in runs, and is turned back at the
+end. Other products go factor by factor, the blocks outermost. Bfloat16 and float16
+become float32 there. Elsewhere, one einsum per factor. Not differentiable in reverse
+mode; it sits inside the operators' ``custom_vjp``.
 """
 
 import jax.numpy as jnp
@@ -20,6 +21,8 @@ from sparsejax.structured import Pattern
 
 # Entries of a row times rows of a tile: x's, what is between and y's are in L2 and L3.
 _TILE = 208 * 1024
+# Rows from which, and sides of blocks up to which, that is the quicker form.
+_MANY, _SMALL = 1024, 64
 # Tiles that a step of the loop has at work: XLA runs what does not depend on each other
 # at the same time, where a product of small blocks is one thread's.
 _AT_WORK = 4
@@ -81,7 +84,21 @@ def _on_cpu(x, *factors):
         eye = jnp.eye(x.shape[1], dtype=wide)
         w = _einsum_by_einsum(eye, *(factor.astype(wide) for factor in factors))
         return (x.astype(wide) @ w).astype(x.dtype)
-    return _over_tiles(x, *factors)
+    side = max(max(p.b, p.c) for p in patterns)
+    if len(factors) > 1 and x.shape[0] >= _MANY and side <= _SMALL:
+        return _over_tiles(x, *factors)
+    return _block_by_block(x, *factors)
+
+
+def _block_by_block(x, *factors):
+    """With the blocks outermost, whole rows: what XLA's CPU library takes as it is."""
+    wide, dtype = accumulator(x.dtype), x.dtype
+    for factor in factors:
+        a, d, c, b = factor.shape
+        x = x.reshape(-1, a, c, d).transpose(1, 3, 0, 2).astype(wide)
+        y = lax.dot_general(x, factor.astype(wide), (((3,), (2,)), ((0, 1), (0, 1))))
+        x = y.transpose(2, 0, 3, 1).reshape(-1, a * b * d)
+    return x.astype(dtype)
 
 
 def _over_tiles(x, *factors):

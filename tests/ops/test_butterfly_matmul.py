@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from sparsejax.ops import butterfly_matmul, butterfly_matmul_reference
 from sparsejax.ops._kronecker_sparse_matmul import KRONECKER
+from sparsejax.ops._merged_factors import merge
 from sparsejax.structured import Chain, Pattern, butterfly, monarch, tensor_train
 from sparsejax.testing import assert_close, interpreted
 
@@ -217,6 +218,18 @@ def test_hadamard_is_exact():
     factors = [jnp.broadcast_to(level, p.factor_shape) for p in chain.patterns]
     signs = [[(-1) ** (i & j).bit_count() for j in range(64)] for i in range(64)]
     np.testing.assert_array_equal(butterfly_matmul(jnp.eye(64), factors), signs)
+
+
+def test_merged_factors_keep_what_is_apart():
+    """Copies side by side and interleaved blocks: a = gcd(4, 2), d = gcd(2, 4)."""
+    rng = np.random.default_rng(5)
+    patterns = Pattern(4, 3, 2, 2), Pattern(2, 2, 3, 4)
+    pair = [
+        jnp.asarray(rng.standard_normal(p.factor_shape), "float32") for p in patterns
+    ]
+    one = merge(pair)
+    assert one.shape == (2, 2, 4, 4)
+    np.testing.assert_allclose(dense(one), dense(pair[0]) @ dense(pair[1]), atol=1e-5)
 
 
 def test_float64_and_complex():

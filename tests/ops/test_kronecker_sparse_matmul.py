@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 import sparsejax as sj
 from sparsejax.ops import (
+    _kronecker_sparse_xla,
     kronecker_sparse_matmul,
     kronecker_sparse_matmul_reference,
 )
@@ -159,6 +160,18 @@ def test_random_rectangular_shapes():
     for problem, outs, lows in zip(problems, got, plain, strict=True):
         for triple in zip(outs, oracles(*problem), lows, strict=True):
             assert_close(*triple)
+
+
+def test_loop_over_tiles(monkeypatch):
+    """The CPU's form of many rows: 48 at a time, of which 300 are no multiple."""
+    monkeypatch.setattr(_kronecker_sparse_xla, "_TILE", 48 * 24)
+    rng = np.random.default_rng(6)
+    draw = lambda *s: jnp.asarray(rng.standard_normal(s), "float32")
+    x, pair = draw(300, 24), (draw(3, 2, 4, 2), draw(1, 3, 4, 5))
+    assert _kronecker_sparse_xla.tile_rows(300, 24, 12, 15) == 48
+    y = _kronecker_sparse_xla._over_tiles(x, *pair)
+    want = f64(x) @ dense(f64(pair[0])) @ dense(f64(pair[1]))
+    np.testing.assert_allclose(y, want, atol=1e-4)
 
 
 def second_order(product):
