@@ -88,7 +88,7 @@ class Display:
                 completed=run.step,
                 loss=math.nan,
                 speed=math.nan,
-                density=density(topology_of(run.state, run.config), run.config),
+                density=density(run),
             )
             for run in runs
         }
@@ -187,14 +187,22 @@ def pool(mask: jax.Array, side: int) -> np.ndarray:
     return total / area
 
 
-def density(topology: dict[str, np.ndarray], config: Any) -> float:
-    """Share of the feed-forward weights that a token meets; 1 where none are sparse."""
+def density(run: Any) -> float:
+    """Share of the feed-forward weights that a token meets; 1 where all are dense.
+
+    Of structured ones how many numbers they are, over those of dense ones.
+    """
+    config, topology = run.config, topology_of(run.state, run.config)
     if config.ffn == "moe":
         return config.experts_per_token / config.experts
+    if not topology:
+        leaves = jax.tree.leaves_with_path(run.state.params)
+        stored = sum(
+            p.size for path, p in leaves if "mlp" in jax.tree_util.keystr(path)
+        )
+        return stored / (2 * config.layers * config.width * config.ffn_width)
     sizes = sum(share.size for share in topology.values())
-    return (
-        sum(float(share.sum()) for share in topology.values()) / sizes if sizes else 1
-    )
+    return sum(float(share.sum()) for share in topology.values()) / sizes
 
 
 def stored_parameters(run: Any) -> int:
@@ -251,7 +259,7 @@ def summarize(run: Any) -> dict[str, Any]:
         "name": run.name,
         "ffn": config.ffn,
         "updater": config.updater,
-        "density": density(topology_of(run.state, config), config),
+        "density": density(run),
         "steps": run.step,
         "validation_bits_per_byte": run.validation,
         "stored_parameters": stored_parameters(run),

@@ -1,8 +1,8 @@
 """The decoder-only transformer of ``pretrain_lm.py``: bytes in, logits out.
 
-Pre-norm, rotary positions, squared ReLU. Only the feed-forward weights are ever sparse;
-everything else is Flax as it comes. Shapes: B sequences, T bytes, d features, H heads,
-E experts.
+Pre-norm, rotary positions, squared ReLU. Only the feed-forward weights are ever sparse
+or structured; everything else is Flax as it comes. Shapes: B sequences, T bytes, d
+features, H heads, E experts.
 """
 
 import functools
@@ -72,21 +72,26 @@ class Mlp(nnx.Module):
 
     def __init__(self, config: Any, implementation: str | None, *, rngs: nnx.Rngs):
         d, f, dtype = config.width, config.ffn_width, jnp.dtype(config.dtype)
-        if config.ffn == "block_sparse":
-            linear = lambda k, n: sparsejax.nnx.BlockSparseLinear(
-                k,
-                n,
-                block_shape=(config.block, config.block),
-                sparsity=config.sparsity,
-                use_bias=False,
-                dtype=dtype,
-                implementation=implementation,
-                rngs=rngs,
-            )
-        else:  # a masked layer is a dense one whose optimizer keeps zeros
-            linear = lambda k, n: nnx.Linear(
-                k, n, use_bias=False, dtype=dtype, rngs=rngs
-            )
+        block_shape = config.block, config.block
+        ours = dict(implementation=implementation)
+        kind, how = {
+            "block_sparse": (
+                sparsejax.nnx.BlockSparseLinear,
+                dict(block_shape=block_shape, sparsity=config.sparsity, **ours),
+            ),
+            "monarch": (
+                sparsejax.nnx.MonarchLinear,
+                dict(blocks=config.monarch_blocks, **ours),
+            ),
+            "pixelfly": (
+                sparsejax.nnx.PixelflyLinear,
+                # Blocks on the diagonal and beside it: two to a row of them.
+                dict(block_shape=block_shape, size=2, rank=config.rank, **ours),
+            ),
+            "low_rank": (sparsejax.nnx.LowRankLinear, dict(rank=config.rank)),
+            # A masked layer is a dense one whose optimizer keeps zeros.
+        }.get(config.ffn, (nnx.Linear, {}))
+        linear = functools.partial(kind, use_bias=False, dtype=dtype, rngs=rngs, **how)
         self.up, self.down = linear(d, f), linear(f, d)
 
     def __call__(self, x):

@@ -2,8 +2,9 @@ r"""Pretrains a byte-level language model whose feed-forward layers are sparse.
 
 A decoder-only transformer on real text (by default the Python standard library's own
 sources, nothing to download). The feed-forward weights are dense, masked, or stored as
-blocks that move while the model trains, or belong to experts of which each token uses a
-few. The commands, from the repository's root:
+blocks that move while the model trains, or are products of structured factors, or
+belong to experts of which each token uses a few. The commands, from the repository's
+root:
 
     # a dense and a block-sparse model (90%, RigL) side by side, minutes on two cores
     python examples/pretrain_lm.py --compare dense,block_sparse
@@ -18,6 +19,9 @@ few. The commands, from the repository's root:
     # experts against a dense model of equal work per token: width 1024, two of eight
     python examples/pretrain_lm.py --compare dense,moe --experts 8 \
         --experts-per-token 2 --expert-width 1024
+
+    # structured weights: Monarch matrices, block butterflies plus low rank, low rank
+    python examples/pretrain_lm.py --compare dense,monarch,pixelfly,low_rank
 
     # GPT-2 small's body in bf16 over four chips; your own text
     python examples/pretrain_lm.py --preset 124m --mesh fsdp=4 --ffn block_sparse \
@@ -72,6 +76,9 @@ UPDATERS = {
     "masked": ("rigl", "static", "set", "gradual_magnitude"),
     "block_sparse": ("rigl", "static", "set"),
     "moe": ("none",),
+    "monarch": ("none",),
+    "pixelfly": ("none",),
+    "low_rank": ("none",),
 }
 
 # Flags that say nothing of other feed-forward layers.
@@ -84,6 +91,7 @@ FITS = dict.fromkeys(
     ),
     ("moe",),
 )
+FITS |= {"monarch_blocks": ("monarch",), "rank": ("pixelfly", "low_rank")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,6 +111,8 @@ class Config:
     load_balance: float = 1e-2  # weight of that loss, the mean over layers
     balance_rate: float = 1e-3  # step of the experts' bias; 0: there is none
     z_loss: float = 1e-3  # weight of that loss, likewise
+    monarch_blocks: int = 16  # of each factor
+    rank: int = 32  # of a low-rank weight, or beside Pixelfly's blocks
     layers: int = 2
     width: int = 512  # d
     heads: int = 8  # H
@@ -170,9 +180,16 @@ def check(config: Config) -> None:
         config.updater,
         f"one of {', '.join(updaters)} with --ffn {config.ffn}",
     )
-    for flag in ("steps", "every", "batch", "length", "layers", "block", "experts"):
+    for flag in (
+        *("steps", "every", "batch", "length", "layers", "block", "experts"),
+        *("monarch_blocks", "rank"),
+    ):
         got = getattr(config, flag)
-        need(got > 0, flag, got, "at least 1")
+        need(got > 0, flag.replace("_", "-"), got, "at least 1")
+    for flag, ffn in (("monarch_blocks", "monarch"), ("rank", "low_rank")):
+        got, most = getattr(config, flag), min(config.width, config.ffn_width)
+        fits = config.ffn != ffn or got <= most
+        need(fits, flag.replace("_", "-"), got, f"at most {most}, the smaller width")
     k = config.experts_per_token
     most = f"1 to {config.experts}, --experts"
     need(1 <= k <= config.experts, "experts-per-token", k, most)
@@ -656,6 +673,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "(0.001); 0: none",
     )
     add("--z-loss", type=float, help="weight of the loss on router logits (0.001)")
+    add("--monarch-blocks", type=int, help="of --ffn monarch, in each factor (16)")
+    add("--rank", type=int, help="of --ffn low_rank, or beside Pixelfly's blocks (32)")
     add("--layers", type=int, help="transformer blocks")
     add("--width", type=int, help="features between the layers")
     add("--heads", type=int, help="attention heads")

@@ -57,6 +57,20 @@ def run(text, tmp_path):
     return run
 
 
+LOW_RANK = 2 * 3 * (WIDTH + FFN_WIDTH)  # of rank 3, up and down
+DENSITY = dict(
+    dense=1,
+    masked=0.1,
+    block_sparse=0.1,
+    moe=0.5,
+    # Four blocks of 16 x 16 and four of 16 x 80, up and down.
+    monarch=2 * 4 * 16 * (16 + 80) / (2 * WIDTH * FFN_WIDTH),
+    # Two of the four blocks along the shorter side.
+    pixelfly=0.5 + LOW_RANK / (2 * WIDTH * FFN_WIDTH),
+    low_rank=LOW_RANK / (2 * WIDTH * FFN_WIDTH),
+)
+
+
 @pytest.mark.parametrize(
     "flags",
     [
@@ -71,6 +85,12 @@ def run(text, tmp_path):
             ("--ffn", "moe", "--dtype", "bfloat16", "--scan", "--remat", "--experts=4"),
             marks=pytest.mark.slow,
         ),
+        ("--ffn", "monarch", "--monarch-blocks", "4"),
+        pytest.param(
+            ("--ffn", "pixelfly", "--rank=3", "--block=16", "--scan", "--remat"),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(("--ffn", "low_rank", "--rank", "3"), marks=pytest.mark.slow),
     ],
     ids=lambda flags: "-".join(flags[1:4:2]),
 )
@@ -82,10 +102,9 @@ def test_five_steps(run, tmp_path, flags):
     assert [json.loads(line)["step"] for line in lines] == [2, 4, 5]
     (row,) = json.loads((out / "summary.json").read_text())
     assert row["validation_bits_per_byte"] == one.validation
-    density = {"dense": 1, "moe": 0.5}.get(flags[1], 0.1)
-    assert row["density"] == pytest.approx(density, abs=1e-3)
+    assert row["density"] == pytest.approx(DENSITY[flags[1]], abs=1e-3)
     assert (out / "loss.png").stat().st_size > 10_000
-    assert (out / "topology.png").exists() == (flags[1] not in ("dense", "moe"))
+    assert (out / "topology.png").exists() == (DENSITY[flags[1]] == 0.1)
     assert (out / "load.png").exists() == (flags[1] == "moe")
 
 
@@ -343,6 +362,9 @@ def test_checkpoints_of_another_run_are_refused_and_kept(run, text, tmp_path):
             "--ffn moe --capacity-factor -1",
             "--capacity-factor: got -1.0, needed at least 0",
         ),
+        ("--ffn monarch --monarch-blocks 65", "--monarch-blocks: got 65, needed at m"),
+        ("--ffn low_rank --rank 0", "--rank: got 0, needed at least 1"),
+        ("--ffn monarch --rank 4", "--rank: got 4, needed --ffn pixelfly or low_rank"),
         ("--ffn moe --sparsity 0.5", "--sparsity: got 0.5, needed --ffn masked or"),
         ("--ffn dense --experts 4", "--experts: got 4, needed --ffn moe"),
     ],
