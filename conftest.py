@@ -2,6 +2,7 @@
 
 import gc
 import importlib.metadata
+import itertools
 import os
 
 # Before jax starts its backend: eight devices, so that one process tests sharding; and
@@ -37,6 +38,19 @@ if _COMPILED:  # not otherwise: the package must not be loaded before its types 
     sparsejax.testing.interpreted = lambda name: (
         name if name in _COMPILED else _interpreted(name)
     )
+
+
+_tests = itertools.count(1)
+
+
+def pytest_runtest_teardown():
+    """Lets go of what was compiled, now and then.
+
+    A process holds gigabytes of it otherwise, and jax's cache of calls fills up, after
+    which a function's ``_cache_size`` may be 0.
+    """
+    if next(_tests) % 500 == 0:
+        jax.clear_caches()
 
 
 @pytest.fixture

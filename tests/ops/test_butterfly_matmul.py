@@ -127,6 +127,7 @@ def test_value_and_gradients(implementation, name):
         assert_close(out, want, plain)
 
 
+@pytest.mark.slow
 def test_gradient_of_gradient():
     x, factors, _ = case("any_order")
 
@@ -166,6 +167,7 @@ def test_vmap(axes):
             np.testing.assert_allclose(out[i], want, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_scan_checkpoint_and_no_retrace():
     """Layers of a power of two that are scanned over, with one row."""
     x, factors, _ = case("one_row")
@@ -232,6 +234,7 @@ def test_merged_factors_keep_what_is_apart():
     np.testing.assert_allclose(dense(one), dense(pair[0]) @ dense(pair[1]), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_float64_and_complex():
     with jax.enable_x64(True):
         args = jax.tree.map(lambda a: jnp.asarray(f64(a)), case("any_order"))
@@ -259,6 +262,7 @@ def test_master_factors_get_their_gradient_unrounded():
         assert np.abs(f64(out) - want).max() < 0.02 * np.abs(want).max()
 
 
+@pytest.mark.slow
 def test_any_leading_axes():
     x, factors, dy = case("any_order")
     want = oracles(x, factors, dy)[0]

@@ -238,6 +238,7 @@ def test_third_derivative_exists():
     np.testing.assert_allclose(third(f), third(g), rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_transformations():
     """vmap of every operand; scan and checkpoint over stacked layers; no retrace."""
     how, u, k, dy = case("causal")
@@ -314,6 +315,7 @@ def test_inside_shard_map():
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_master_kernels_get_their_gradient_unrounded():
     how, u, k, dy = case("bf16")
     master = k.astype(jnp.float32)

@@ -143,6 +143,7 @@ def test_value_and_gradients(implementation, name):
         assert_close(out, want, plain)
 
 
+@pytest.mark.slow
 def test_random_rectangular_shapes():
     """In one program: sizes that nothing divides, by MonarchLinear's rule of ranks."""
     rng, problems = np.random.default_rng(4), []
@@ -258,6 +259,7 @@ def test_rows_over_devices(kind):
         assert np.abs(f64(out) - want).max() < 0.02 * np.abs(want).max()
 
 
+@pytest.mark.slow
 def test_float64_and_complex():
     with jax.enable_x64(True):
         args = [jnp.asarray(f64(a)) for a in case("f32")]
@@ -355,6 +357,7 @@ def test_named_implementation_never_falls_back(implementation):
         monarch_matmul(*args, implementation=implementation)
 
 
+@pytest.mark.slow
 def test_explain_says_where_dense_is_faster():
     shape = lambda *s: jax.ShapeDtypeStruct(s, jnp.float32)
     say = lambda rows, blocks, side: sj.explain(

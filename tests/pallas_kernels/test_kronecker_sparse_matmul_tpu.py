@@ -92,6 +92,7 @@ def test_master_gradient_is_float32():
     Case(20, 4, 32, 32, 1).check("kronecker_sampled", "float32")
 
 
+@pytest.mark.slow
 def test_with_simulated_memory():
     """Uninitialised scratch is NaN in this interpreter: nothing of it is read."""
     params = pltpu.InterpretParams(uninitialized_memory="nan")

@@ -55,6 +55,7 @@ def test_dense_is_the_product_of_the_factors(name):
     assert st.Chain.of(factors, k, n) == chain
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CHAINS)
 def test_params_are_those_that_the_matrix_depends_on(name):
     chain = CHAINS[name]

@@ -223,6 +223,7 @@ def test_the_eight_orders():
     assert orders == want
 
 
+@pytest.mark.slow
 def test_the_best_of_both_sides_is_found():
     """w[p][:, q] has four factors for one pair; inputs and outputs stay beside w."""
     n = 8
@@ -305,6 +306,7 @@ def test_gaussian_is_as_near_by_monarch_as_by_low_rank():
 # ---- bugs of others ----------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_peer_bug_four_block_monarch_at_1024_is_projected_to_rank_one():
     """0.92 there, of exactly such a matrix, by 32 blocks of rank 1 in its place."""
     chain = st.monarch(1024, 1024, blocks=4)

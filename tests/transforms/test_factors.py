@@ -70,6 +70,7 @@ def test_dtypes_stay_and_adam_takes_it_under_jit():
     assert float(updates["up"]["factor_0"].ravel()[0]) == -2.0
 
 
+@pytest.mark.slow
 def test_the_size_of_the_first_step_equals_a_dense_layers():
     """One step of sign descent moves y of a chain as it moves y of a dense layer.
 

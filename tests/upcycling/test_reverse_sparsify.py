@@ -142,6 +142,7 @@ def test_mean_squares_by_the_jacobian(chain):
     np.testing.assert_allclose(got, 0.25, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_outside_of_blocks_is_the_mean():
     """Blocks of means 1 and 3 along the diagonal: 2 beside them."""
     factor = jnp.ones((2, 1, 2, 2))
