@@ -72,26 +72,25 @@ class Mlp(nnx.Module):
 
     def __init__(self, config: Any, implementation: str | None, *, rngs: nnx.Rngs):
         d, f, dtype = config.width, config.ffn_width, jnp.dtype(config.dtype)
-        block_shape = config.block, config.block
+        how: dict[str, Any] = dict(use_bias=False, dtype=dtype, rngs=rngs)
         ours = dict(implementation=implementation)
-        kind, how = {
-            "block_sparse": (
-                sparsejax.nnx.BlockSparseLinear,
-                dict(block_shape=block_shape, sparsity=config.sparsity, **ours),
-            ),
-            "monarch": (
-                sparsejax.nnx.MonarchLinear,
-                dict(blocks=config.monarch_blocks, **ours),
-            ),
-            "pixelfly": (
-                sparsejax.nnx.PixelflyLinear,
-                # Blocks on the diagonal and beside it: two to a row of them.
-                dict(block_shape=block_shape, size=2, rank=config.rank, **ours),
-            ),
-            "low_rank": (sparsejax.nnx.LowRankLinear, dict(rank=config.rank)),
-            # A masked layer is a dense one whose optimizer keeps zeros.
-        }.get(config.ffn, (nnx.Linear, {}))
-        linear = functools.partial(kind, use_bias=False, dtype=dtype, rngs=rngs, **how)
+        if config.ffn in ("block_sparse", "pixelfly"):
+            ours["block_shape"] = config.block, config.block
+        if config.ffn == "block_sparse":
+            kind, how = sparsejax.nnx.BlockSparseLinear, how | ours
+            how["sparsity"] = config.sparsity
+        elif config.ffn == "monarch":
+            kind, how = sparsejax.nnx.MonarchLinear, how | ours
+            how["blocks"] = config.monarch_blocks
+        elif config.ffn == "pixelfly":
+            kind, how = sparsejax.nnx.PixelflyLinear, how | ours
+            # Blocks on the diagonal and beside it: two to a row of them.
+            how |= dict(size=2, rank=config.rank)
+        elif config.ffn == "low_rank":
+            kind, how = sparsejax.nnx.LowRankLinear, how | dict(rank=config.rank)
+        else:  # a masked layer is a dense one whose optimizer keeps zeros
+            kind = nnx.Linear
+        linear = functools.partial(kind, **how)
         self.up, self.down = linear(d, f), linear(f, d)
 
     def __call__(self, x):
