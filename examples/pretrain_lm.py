@@ -578,7 +578,7 @@ def train(run: Run, text: _data.Text, args) -> Iterator[int]:
     while run.step < config.steps:
         first, losses, topology_seconds, save_seconds = run.step, [], [], 0.0
         begin = time.perf_counter()
-        while run.step == first or run.step % args.log_every:
+        while True:
             batch = put(next(run.batches))
             run.state, of_step = programs.train_step(run.state, batch)
             run.step += 1
@@ -586,9 +586,11 @@ def train(run: Run, text: _data.Text, args) -> Iterator[int]:
             last = run.step == config.steps
             if config.moves and run.step % config.every == 0 and run.step <= config.end:
                 topology_seconds.append(timed(move_blocks))
-            if args.checkpoint_dir and (run.step % args.checkpoint_every == 0 or last):
+            turn_ends = last or run.step % args.log_every == 0
+            due = last or run.step % args.checkpoint_every == 0
+            if args.checkpoint_dir and due and not turn_ends:
                 save_seconds += timed(save)
-            if last:
+            if turn_ends:
                 break
         jax.block_until_ready(run.state)
         seconds = time.perf_counter() - begin - sum(topology_seconds) - save_seconds
@@ -612,6 +614,9 @@ def train(run: Run, text: _data.Text, args) -> Iterator[int]:
             run.validation = evaluate()
             record["validation_bits_per_byte"] = run.validation
         run.log.write(record)
+        # After its record: else a run killed between the two goes on without the record.
+        if args.checkpoint_dir and due:
+            save()
         yield run.step
     if math.isnan(run.validation):  # there was nothing left to train
         run.validation = evaluate()

@@ -26,6 +26,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "examples"))
 pretrain_lm = importlib.import_module("pretrain_lm")
 upcycle_lm = importlib.import_module("upcycle_lm")
+_report = importlib.import_module("_report")
 
 # 10% of 20 blocks. No other array of these programs has as many entries as a
 # feed-forward weight has, or would have: 64 x 320.
@@ -316,6 +317,40 @@ def test_killed_and_resumed_is_bit_identical(run, text, tmp_path, flags):
     )
     chex.assert_trees_all_equal(data(resumed.state), data(whole.state))
     assert resumed.batches.get_state() == whole.batches.get_state()
+
+
+class Stopped(Exception):
+    """As if the process were killed."""
+
+
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("what", ["record", "checkpoint"])
+def test_stopped_around_a_record_or_a_checkpoint_no_record_is_lost(
+    run, tmp_path, monkeypatch, what, after
+):
+    flags = ("--ffn", "dense", "--steps", 6, "--log-every", 2, "--checkpoint-every", 1)
+    flags = (*flags, "--checkpoint-dir", tmp_path / "checkpoints")
+
+    def stops_at_4(function, step):
+        def stopping(*args, **kwargs):
+            if step(*args) == 4 and not after:
+                raise Stopped
+            function(*args, **kwargs)
+            if step(*args) == 4:
+                raise Stopped
+
+        return stopping
+
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        if what == "record":
+            write = stops_at_4(_report.Log.write, lambda log, record: record["step"])
+            patch.setattr(_report.Log, "write", write)
+        else:
+            save = stops_at_4(checkpoint.save, lambda folder, step, *_: step)
+            patch.setattr(checkpoint, "save", save)
+        run(*flags)
+    (resumed,) = run(*flags, "--resume")
+    assert [record["step"] for record in resumed.log.records] == [2, 4, 6]
 
 
 def test_checkpoints_of_another_run_are_refused_and_kept(run, text, tmp_path):
