@@ -128,8 +128,12 @@ class Chain:
     ) -> "Chain":
         """The chain that the factors' shapes say; sizes default to all of theirs."""
         patterns = tuple(Pattern.of(factor) for factor in factors)
-        first, last = patterns[0], patterns[-1]
-        return cls(patterns, in_size or first.in_size, out_size or last.out_size)
+        first, last = patterns[:1], patterns[-1:]  # empty lists are refused below
+        if in_size is None:
+            in_size = sum(p.in_size for p in first)
+        if out_size is None:
+            out_size = sum(p.out_size for p in last)
+        return cls(patterns, in_size, out_size)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -214,8 +218,9 @@ def tensor_train(
         )
         for t in range(p)
     )
-    sizes = math.prod(in_dims), math.prod(out_dims)
-    return Chain(patterns, in_size or sizes[0], out_size or sizes[1])
+    in_size = math.prod(in_dims) if in_size is None else in_size
+    out_size = math.prod(out_dims) if out_size is None else out_size
+    return Chain(patterns, in_size, out_size)
 
 
 def to_dense(
