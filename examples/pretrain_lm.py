@@ -614,7 +614,7 @@ def train(run: Run, text: _data.Text, args) -> Iterator[int]:
             run.validation = evaluate()
             record["validation_bits_per_byte"] = run.validation
         run.log.write(record)
-        # After its record: else a run killed between the two goes on without the record.
+        # After the record: a run killed between the two would go on without it.
         if args.checkpoint_dir and due:
             save()
         yield run.step
