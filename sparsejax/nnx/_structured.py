@@ -41,7 +41,7 @@ class KroneckerSparseLinear(nnx.Module):
         return layers.apply_kronecker_sparse_linear(self.spec, _params(self), x)
 
 
-class MonarchLinear(nnx.Module):
+class MonarchLinear(KroneckerSparseLinear):
     """y = x L R + b, L and R of ``blocks`` blocks each with a shuffle between.
 
     ``structured.monarch`` says what blocks and rank are, and
@@ -63,23 +63,19 @@ class MonarchLinear(nnx.Module):
     ):
         """Draws the parameters from ``rngs.params()``."""
         chain = structured.monarch(in_features, out_features, blocks=blocks, rank=rank)
-        self.spec = layers.KroneckerSparseLinearSpec(
-            in_features=in_features,
-            out_features=out_features,
+        super().__init__(
+            in_features,
+            out_features,
             pattern=chain,
             use_bias=use_bias,
             dtype=dtype,
             param_dtype=param_dtype,
             implementation=implementation,
+            rngs=rngs,
         )
-        _set(self, layers.init_kronecker_sparse_linear(rngs.params(), self.spec))
-
-    def __call__(self, x: Float[Array, "*batch k"]) -> Float[Array, "*batch n"]:
-        """Computes y ``[..., n]`` of x ``[..., k]``."""
-        return layers.apply_kronecker_sparse_linear(self.spec, _params(self), x)
 
 
-class ButterflyLinear(nnx.Module):
+class ButterflyLinear(KroneckerSparseLinear):
     """y = x F_0 F_1 ... + b, log2 of the padded size factors of 2 x 2 blocks.
 
     ``structured.butterfly`` says which, ``layers.KroneckerSparseLinearSpec`` the other
@@ -98,20 +94,16 @@ class ButterflyLinear(nnx.Module):
         rngs: nnx.Rngs,
     ):
         """Draws the parameters from ``rngs.params()``."""
-        self.spec = layers.KroneckerSparseLinearSpec(
-            in_features=in_features,
-            out_features=out_features,
+        super().__init__(
+            in_features,
+            out_features,
             pattern=structured.butterfly(in_features, out_features),
             use_bias=use_bias,
             dtype=dtype,
             param_dtype=param_dtype,
             implementation=implementation,
+            rngs=rngs,
         )
-        _set(self, layers.init_kronecker_sparse_linear(rngs.params(), self.spec))
-
-    def __call__(self, x: Float[Array, "*batch k"]) -> Float[Array, "*batch n"]:
-        """Computes y ``[..., n]`` of x ``[..., k]``."""
-        return layers.apply_kronecker_sparse_linear(self.spec, _params(self), x)
 
 
 class LowRankLinear(nnx.Module):
