@@ -30,6 +30,9 @@ Every backend file has the same two functions.
 import dataclasses
 import math
 
+from pallas_kernels import _chips
+from pallas_kernels._chips import TPU_LANES
+
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
@@ -92,12 +95,8 @@ class Config:
 
 # --- GPU: Pallas Mosaic, Hopper -----------------------------------------------------
 
-# Shared memory that one program can ask for, and what its barriers may take of it.
-_HOPPER_SMEM = 232_448
-_HOPPER_BARRIERS = 1_024
 # Entries of the accumulator that a warpgroup holds without spills, by ptxas.
 _HOPPER_ACCUMULATOR = 192 * 128
-_HOPPER_MULTIPROCESSORS = 132
 
 
 def check_mosaic_gpu(problem: Problem, chip: str | None) -> None:
@@ -113,22 +112,10 @@ def check_mosaic_gpu(problem: Problem, chip: str | None) -> None:
                 f"mosaic_gpu: block_shape has {name}={side}, needs a multiple of 16 "
                 "from 16 to 256"
             )
-    if problem.dtype not in ("bfloat16", "float16"):
-        raise NotImplementedError(
-            f"mosaic_gpu: dtype is {problem.dtype}, needs bfloat16 or float16"
-        )
-    served = (problem.dtype, "float32") if problem.op == "sdd" else (problem.dtype,)
-    if problem.out_dtype not in served:
-        raise NotImplementedError(
-            f"mosaic_gpu: out_dtype is {problem.out_dtype} for {problem.op}, needs "
-            f"{' or '.join(served)}"
-        )
-    if problem.m < 1:
-        raise NotImplementedError(f"mosaic_gpu: m is {problem.m}, needs at least 1")
-    if chip not in (None, "h100", "h200"):
-        raise NotImplementedError(
-            f"mosaic_gpu: chip is {chip}, needs a Hopper GPU (h100, h200)"
-        )
+    _chips.check_dtype("mosaic_gpu", problem)
+    _chips.check_out_dtype("mosaic_gpu", problem, sampled=problem.op == "sdd")
+    _chips.check_positive("mosaic_gpu", problem, "m")
+    _chips.check_chip("mosaic_gpu", chip)
 
 
 def config_mosaic_gpu(problem: Problem, chip: str | None) -> Config:
@@ -138,7 +125,6 @@ def config_mosaic_gpu(problem: Problem, chip: str | None) -> Config:
     limits these kernels is L2: a piece of x is used for one block's columns only, so
     the tile is as tall as registers allow, for blocks to be read less often.
     """
-    del chip
     bk, bn = problem.block_shape
     if problem.op == "sdd":
         return _sdd_config_mosaic_gpu(problem.m, bk, bn, problem.out_dtype)
@@ -165,9 +151,11 @@ def config_mosaic_gpu(problem: Problem, chip: str | None) -> Config:
                 break
         return Config(tile_m, unroll, stages, tile_k=tile_k, warpgroups=2)
 
+    programs = _chips.hopper_multiprocessors(chip)
+
     def suits(tile_m):
         fits = _stages_mosaic_gpu(piece * (tile_m + side_out), 0, 1) >= 2
-        return fits and -(-m // tile_m) * tiles_out >= 2 * _HOPPER_MULTIPROCESSORS
+        return fits and -(-m // tile_m) * tiles_out >= 2 * programs
 
     tile_m = next(filter(suits, range(tallest, 64, -64)), 64)
     stages = max(2, _stages_mosaic_gpu(piece * (tile_m + side_out), 0, 1))
@@ -190,24 +178,12 @@ def _sdd_config_mosaic_gpu(m: int, bk: int, bn: int, out_dtype: str) -> Config:
 
 def _stages_mosaic_gpu(stage: int, out: int, warpgroups: int) -> int:
     """Stages that fit: the whole memory for two warpgroups, half of it for one."""
-    room = _HOPPER_SMEM - _HOPPER_BARRIERS
+    room = _chips.HOPPER_SMEM - _chips.HOPPER_BARRIERS
     # A single warpgroup's output takes the place of the stages.
     return min(6, (room - out if warpgroups == 2 else room // 2) // stage)
 
 
 # --- TPU: Pallas Mosaic -------------------------------------------------------------
-
-# VMEM of one core in MiB, less what the compiler keeps for itself. Where the chip is
-# not known yet the tiles must fit the smallest.
-_TPU_VMEM = {"v4": 13, "v5e": 100, "v5p": 52, "v6e": 100, "tpu7x": 52, None: 13}
-# Cores that one device's grid is shared by.
-_TPU_CORES = {"v4": 2, "v5p": 2}
-# Chips whose matrix units are 256 wide: they do four times as much in a cycle, so more
-# work hides the time in which they fill and drain.
-_TPU_WIDE = ("v6e", "tpu7x")
-# Bytes of SMEM that the lists of one call may take.
-_TPU_SMEM = 900 * 2**10
-_TPU_LANES = 128
 
 
 def check_mosaic_tpu(problem: Problem, chip: str | None) -> None:
@@ -218,19 +194,9 @@ def check_mosaic_tpu(problem: Problem, chip: str | None) -> None:
         chip: "v4", "v5e", "v5p", "v6e", "tpu7x", another chip's name, or None where it
             is not known yet.
     """
-    if chip not in _TPU_VMEM:
-        served = ", ".join(name for name in _TPU_VMEM if name)
-        raise NotImplementedError(f"mosaic_tpu: chip is {chip}, needs one of {served}")
-    if problem.dtype not in ("bfloat16", "float32"):
-        raise NotImplementedError(
-            f"mosaic_tpu: dtype is {problem.dtype}, needs bfloat16 or float32"
-        )
-    served = (problem.dtype, "float32") if problem.op == "sdd" else (problem.dtype,)
-    if problem.out_dtype not in served:
-        raise NotImplementedError(
-            f"mosaic_tpu: out_dtype is {problem.out_dtype} for {problem.op}, needs "
-            f"{' or '.join(served)}"
-        )
+    _chips.check_chip("mosaic_tpu", chip)
+    _chips.check_dtype("mosaic_tpu", problem)
+    _chips.check_out_dtype("mosaic_tpu", problem, sampled=problem.op == "sdd")
     multiple = 16 if problem.dtype == "bfloat16" else 8
     for name, side in zip(("bk", "bn"), problem.block_shape, strict=True):
         if side % multiple or not multiple <= side <= 256:
@@ -238,19 +204,15 @@ def check_mosaic_tpu(problem: Problem, chip: str | None) -> None:
                 f"mosaic_tpu: block_shape has {name}={side}, needs a multiple of "
                 f"{multiple} from {multiple} to 256 for {problem.dtype}"
             )
-    for name in ("m", "slots"):
-        if getattr(problem, name) < 1:
-            raise NotImplementedError(
-                f"mosaic_tpu: {name} is {getattr(problem, name)}, needs at least 1"
-            )
+    _chips.check_positive("mosaic_tpu", problem, "m", "slots")
     lists = _smem_mosaic_tpu(problem)
-    if lists > _TPU_SMEM:
+    if lists > _chips.TPU_SMEM:
         raise NotImplementedError(
             f"mosaic_tpu: slots is {problem.slots}, whose lists take {lists} bytes of "
-            f"SMEM, needs at most {_TPU_SMEM}: fewer or larger blocks"
+            f"SMEM, needs at most {_chips.TPU_SMEM}: fewer or larger blocks"
         )
     config = config_mosaic_tpu(problem, chip)
-    needed, room = vmem_mosaic_tpu(problem, config), _TPU_VMEM[chip] * 2**20
+    needed, room = vmem_mosaic_tpu(problem, config), _chips.tpu_vmem(chip)
     if needed > room:
         raise NotImplementedError(
             f"mosaic_tpu: k={problem.k}, n={problem.n} need {needed} bytes of VMEM "
@@ -261,14 +223,14 @@ def check_mosaic_tpu(problem: Problem, chip: str | None) -> None:
 
 def config_mosaic_tpu(problem: Problem, chip: str | None) -> Config:
     """Picks the tiles of the TPU kernels: the largest ones that fit the chip's VMEM."""
-    room = _TPU_VMEM.get(chip, _TPU_VMEM[None]) * 2**20
-    cores = _TPU_CORES.get(chip or "", 1)
+    room = _chips.tpu_vmem(chip)
+    cores = _chips.tpu_cores(chip)
     rows = -(-problem.m // 16) * 16
     parts = problem.slots if problem.op == "sdd" else _panels_mosaic_tpu(problem)
     splits = [1 << power for power in range((parts - 1).bit_length() + 1)]
     # The first copy in and the last one out are not hidden by any work: tiles stay
     # small enough for that to be a small share.
-    wide = chip in _TPU_WIDE
+    wide = chip in _chips.TPU_WIDE
     tiles = 4 if problem.op == "sdd" or wide else 8 * cores
     config = Config(tile_m=16)
     # Wide tiles, even if y or the blocks come in parts; then narrower ones.
@@ -293,9 +255,9 @@ def config_mosaic_tpu(problem: Problem, chip: str | None) -> Config:
 def _unroll_mosaic_tpu(problem: Problem, tile_m: int, splits: int, wide: bool) -> int:
     """Blocks per inner step: many to amortize it, but a last step that is not empty."""
     bk, bn = problem.block_shape
-    area = _TPU_LANES**2 * (2 if wide else 1)
+    area = TPU_LANES**2 * (2 if wide else 1)
     most = max(2, min(16, 16 * area // (bk * bn)))
-    if bk % _TPU_LANES or bn % _TPU_LANES:
+    if bk % TPU_LANES or bn % TPU_LANES:
         return 8
     entries = problem.slots
     if problem.op != "sdd":
@@ -303,7 +265,7 @@ def _unroll_mosaic_tpu(problem: Problem, tile_m: int, splits: int, wide: bool) -
         panels = _panels_mosaic_tpu(problem)
         entries += round(panels * math.exp(-entries / panels))
     # Cycles of a block, and those of a step in which the matrix units fill and drain.
-    block, step = tile_m * bk * bn / (4 * _TPU_LANES**2), 190
+    block, step = tile_m * bk * bn / (4 * TPU_LANES**2), 190
     return min(
         range(most, max(1, most // 2) - 1, -1),
         key=lambda unroll: (
@@ -315,11 +277,11 @@ def _unroll_mosaic_tpu(problem: Problem, tile_m: int, splits: int, wide: bool) -
 def vmem_mosaic_tpu(problem: Problem, config: Config) -> int:
     """Bytes of VMEM that a kernel's buffers take."""
     bk, bn = problem.block_shape
-    unit_k, unit_n = (math.lcm(side, _TPU_LANES) for side in (bk, bn))
+    unit_k, unit_n = (math.lcm(side, TPU_LANES) for side in (bk, bn))
     k, n = -(-problem.k // unit_k) * unit_k, -(-problem.n // unit_n) * unit_n
     tile_m = min(config.tile_m, -(-problem.m // 16) * 16)
     item = 2 if problem.dtype == "bfloat16" else 4
-    wide = -(-bn // _TPU_LANES) * _TPU_LANES
+    wide = _chips.up(bn)
     direct = (unit_k, unit_n) == (bk, bn)
     if problem.op == "sdd":
         size = -(-problem.slots // config.splits)
@@ -342,13 +304,13 @@ def _panels_mosaic_tpu(problem: Problem) -> int:
     """Panels of y that the columns are held as."""
     bk, bn = problem.block_shape
     side, width = (bn, problem.n) if problem.op == "dsd" else (bk, problem.k)
-    return -(-width // math.lcm(side, _TPU_LANES))
+    return -(-width // math.lcm(side, TPU_LANES))
 
 
 def _smem_mosaic_tpu(problem: Problem) -> int:
     """Bytes of SMEM that the lists of one call take."""
     bk, bn = problem.block_shape
-    unit_k, unit_n = (math.lcm(side, _TPU_LANES) for side in (bk, bn))
+    unit_k, unit_n = (math.lcm(side, TPU_LANES) for side in (bk, bn))
     units = 0
     if (unit_k, unit_n) != (bk, bn):
         units = (-(-problem.k // unit_k) + 2) * (-(-problem.n // unit_n) + 2)

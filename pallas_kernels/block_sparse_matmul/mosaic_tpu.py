@@ -46,13 +46,12 @@ from jax import numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels._chips import TPU_LANES as _LANES
+from pallas_kernels._chips import TPU_SLACK as _SLACK
 from pallas_kernels.block_sparse_matmul._spec import Config
 
-_LANES = 128
 # Rows that a tile of a bfloat16 array holds; every tile_m is a multiple of it.
 _SUBLANES = 16
-# What the compiler keeps in VMEM beside the buffers asked for: spills, constants.
-_VMEM_SLACK = 2 * 2**20
 
 
 def dsd(
@@ -196,7 +195,7 @@ class _DsdCall:
             out_shape=_out_shape((rows, self.panels * self.side), x.dtype, x),
             compiler_params=pltpu.CompilerParams(
                 dimension_semantics=("parallel", "arbitrary", "arbitrary"),
-                vmem_limit_bytes=limit + _VMEM_SLACK,
+                vmem_limit_bytes=limit + _SLACK,
             ),
             interpret=self.interpret,
             name="block_sparse_matmul_dsd" + ("_transposed" if self.transpose else ""),
@@ -456,7 +455,7 @@ def sdd(
         out_shape=_out_shape((slots, bk, bn), dtype, x),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"),
-            vmem_limit_bytes=limit + _VMEM_SLACK,
+            vmem_limit_bytes=limit + _SLACK,
         ),
         interpret=interpret,
         name="block_sparse_matmul_sdd",

@@ -23,6 +23,9 @@ what one group's rows hold does not reach another's result.
 
 import dataclasses
 
+from pallas_kernels import _chips
+from pallas_kernels._chips import TPU_LANES
+
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
@@ -72,20 +75,8 @@ class Config:
 
 # --- TPU: Pallas Mosaic -------------------------------------------------------------
 
-# VMEM of one core in MiB, less what the compiler keeps for itself. Where the chip is
-# not known yet the tiles must fit the smallest.
-TPU_VMEM = {"v4": 13, "v5e": 100, "v5p": 52, "v6e": 100, "tpu7x": 52, None: 13}
-# Cores that one device's grid is shared by.
-TPU_CORES = {"v4": 2, "v5p": 2, None: 1}
-# Chips whose matrix units are 256 wide.
-TPU_WIDE = ("v6e", "tpu7x")
-# Bytes of SMEM that the lists of one call may take.
-TPU_SMEM = 900 * 2**10
-_TPU_LANES = 128
 # A longer contraction goes by parts: the compiler unrolls it, and spills.
 TPU_WHOLE = 8192
-# What the compiler keeps in VMEM beside the buffers asked for: spills, constants.
-TPU_SLACK = 2 * 2**20
 
 
 def check_mosaic_tpu(problem: Problem, chip: str | None) -> None:
@@ -96,32 +87,18 @@ def check_mosaic_tpu(problem: Problem, chip: str | None) -> None:
         chip: "v4", "v5e", "v5p", "v6e", "tpu7x", another chip's name, or None where it
             is not known yet.
     """
-    if chip not in TPU_VMEM:
-        served = ", ".join(name for name in TPU_VMEM if name)
-        raise NotImplementedError(f"mosaic_tpu: chip is {chip}, needs one of {served}")
-    if problem.dtype not in ("bfloat16", "float32"):
-        raise NotImplementedError(
-            f"mosaic_tpu: dtype is {problem.dtype}, needs bfloat16 or float32"
-        )
-    served = (problem.dtype,)
-    if problem.op == "grouped_sampled":
-        served = (problem.dtype, "float32")
-    if problem.out_dtype not in served:
-        raise NotImplementedError(
-            f"mosaic_tpu: out_dtype is {problem.out_dtype} for {problem.op}, needs "
-            f"{' or '.join(served)}"
-        )
-    for name in ("m", "k", "n", "groups"):
-        if getattr(problem, name) < 1:
-            raise NotImplementedError(
-                f"mosaic_tpu: {name} is {getattr(problem, name)}, needs at least 1"
-            )
+    _chips.check_chip("mosaic_tpu", chip)
+    _chips.check_dtype("mosaic_tpu", problem)
+    sampled = problem.op == "grouped_sampled"
+    _chips.check_out_dtype("mosaic_tpu", problem, sampled=sampled)
+    _chips.check_positive("mosaic_tpu", problem, "m", "k", "n", "groups")
     tile_m = config_mosaic_tpu(problem, chip).tile_m
     lists = 4 * (2 * (-(-problem.m // tile_m) + problem.groups) + problem.groups + 2)
-    if lists > TPU_SMEM:
+    if lists > _chips.TPU_SMEM:
         raise NotImplementedError(
             f"mosaic_tpu: m={problem.m}, groups={problem.groups} have lists that take "
-            f"{lists} bytes of SMEM, needs at most {TPU_SMEM}: fewer groups or rows"
+            f"{lists} bytes of SMEM, needs at most {_chips.TPU_SMEM}: fewer "
+            "groups or rows"
         )
 
 
@@ -133,10 +110,10 @@ def config_mosaic_tpu(problem: Problem, chip: str | None) -> Config:
     less often; a contraction that is held whole needs no accumulator. By the
     compiler's schedule, not yet by measurement.
     """
-    room = TPU_VMEM.get(chip, TPU_VMEM[None]) * 2**20
+    room = _chips.tpu_vmem(chip)
     config = None
-    for tile_m, tile_k, tile_n in _tiles_mosaic_tpu(problem, TPU_CORES.get(chip, 1)):
-        rows = rows_tpu(problem, tile_m, chip in TPU_WIDE)
+    for tile_m, tile_k, tile_n in _tiles_mosaic_tpu(problem, _chips.tpu_cores(chip)):
+        rows = rows_tpu(problem, tile_m, chip in _chips.TPU_WIDE)
         config = Config(tile_m, tile_k, tile_n, rows)
         config = dataclasses.replace(config, vmem=vmem_mosaic_tpu(problem, config))
         if config.vmem <= room:
@@ -168,7 +145,7 @@ def _tiles_mosaic_tpu(problem: Problem, cores: int):
         yield min(tile_m, rows), *sides
 
 
-def part_tpu(size: int, most: int, cores: int = 1, unit: int = _TPU_LANES) -> int:
+def part_tpu(size: int, most: int, cores: int = 1, unit: int = TPU_LANES) -> int:
     """A tile of up to ``most``, in whole units: all alike, as many as cores share."""
     units = -(-size // unit)
     tiles = -(-size // most)
@@ -205,7 +182,7 @@ def vmem_mosaic_tpu(problem: Problem, config: Config) -> int:
     if problem.op == "grouped_sampled":
         # A window masked, its x transposed; a sum of float32, and what is added to it.
         total = item * (2 * tile_m * both + rows * (both + tile_k)) + 2 * matrix * out
-        return total + 4 * matrix * (2 if out == 2 else 1) + TPU_SLACK
+        return total + 4 * matrix * (2 if out == 2 else 1) + _chips.TPU_SLACK
     inner, side_in, side_out = problem.k, tile_k, tile_n
     if problem.op == "grouped_transposed":
         inner, side_in, side_out = problem.n, tile_n, tile_k
@@ -216,16 +193,11 @@ def vmem_mosaic_tpu(problem: Problem, config: Config) -> int:
     if inner % side_in:
         # The operands with what lies outside their arrays cut off.
         total += item * (matrix + rows * side_in)
-    return total + TPU_SLACK
+    return total + _chips.TPU_SLACK
 
 
 # --- GPU: Pallas Mosaic, Hopper -----------------------------------------------------
 
-# Shared memory that one program can ask for, and what its barriers may take of it.
-_HOPPER_SMEM = 232_448
-_HOPPER_BARRIERS = 1_024
-# Multiprocessors; where the chip is not known yet, those of the chips served.
-_HOPPER_MULTIPROCESSORS = {"h100": 132, "h200": 132, None: 132}
 # Columns and rows that leave a program at once, and columns of a swizzled tile.
 HOPPER_PIECE = 64
 
@@ -237,33 +209,12 @@ def check_mosaic_gpu(problem: Problem, chip: str | None) -> None:
         problem: the product asked for.
         chip: "h100", "h200", another chip's name, or None where it is not known yet.
     """
-    if problem.dtype not in ("bfloat16", "float16"):
-        raise NotImplementedError(
-            f"mosaic_gpu: dtype is {problem.dtype}, needs bfloat16 or float16"
-        )
-    served = (problem.dtype,)
-    if problem.op == "grouped_sampled":
-        served = (problem.dtype, "float32")
-    if problem.out_dtype not in served:
-        raise NotImplementedError(
-            f"mosaic_gpu: out_dtype is {problem.out_dtype} for {problem.op}, needs "
-            f"{' or '.join(served)}"
-        )
-    for name in ("m", "groups"):
-        if getattr(problem, name) < 1:
-            raise NotImplementedError(
-                f"mosaic_gpu: {name} is {getattr(problem, name)}, needs at least 1"
-            )
-    for name in ("k", "n"):
-        size = getattr(problem, name)
-        if size < HOPPER_PIECE or size % HOPPER_PIECE:
-            raise NotImplementedError(
-                f"mosaic_gpu: {name} is {size}, needs a multiple of {HOPPER_PIECE}"
-            )
-    if chip not in _HOPPER_MULTIPROCESSORS:
-        raise NotImplementedError(
-            f"mosaic_gpu: chip is {chip}, needs a Hopper GPU (h100, h200)"
-        )
+    _chips.check_dtype("mosaic_gpu", problem)
+    sampled = problem.op == "grouped_sampled"
+    _chips.check_out_dtype("mosaic_gpu", problem, sampled=sampled)
+    _chips.check_positive("mosaic_gpu", problem, "m", "groups")
+    _chips.check_multiple("mosaic_gpu", problem, HOPPER_PIECE, "k", "n")
+    _chips.check_chip("mosaic_gpu", chip)
 
 
 def config_mosaic_gpu(problem: Problem, chip: str | None) -> Config:
@@ -273,7 +224,7 @@ def config_mosaic_gpu(problem: Problem, chip: str | None) -> Config:
     tiles are 64 rows high where 128 would waste more than they save. Wide tiles reread
     x and the matrix less often, which is what L2 limits.
     """
-    programs = _HOPPER_MULTIPROCESSORS.get(chip, _HOPPER_MULTIPROCESSORS[None])
+    programs = _chips.hopper_multiprocessors(chip)
     width = problem.k if problem.op == "grouped_transposed" else problem.n
     wide = 256 if width > 128 else 128
     # What a result leaves through: two pieces of 16 bits for each of two warpgroups.
@@ -288,5 +239,5 @@ def config_mosaic_gpu(problem: Problem, chip: str | None) -> Config:
         if problem.op == "grouped_transposed":
             tile_k, tile_n = tile_n, tile_k
         stage = 2 * HOPPER_PIECE * (tile_m + wide)
-    stages = min(6, (_HOPPER_SMEM - _HOPPER_BARRIERS - out) // stage)
+    stages = min(6, (_chips.HOPPER_SMEM - _chips.HOPPER_BARRIERS - out) // stage)
     return Config(tile_m, tile_k, tile_n, stages=stages, programs=programs)

@@ -23,6 +23,9 @@ last two axes swapped.
 
 import dataclasses
 
+from pallas_kernels import _chips
+from pallas_kernels._chips import TPU_LANES
+
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
@@ -80,12 +83,6 @@ class Config:
 
 # --- TPU: Pallas Mosaic -------------------------------------------------------------
 
-# VMEM of one core in MiB, less what the compiler keeps for itself. Where the chip is
-# not known yet the tiles must fit the smallest.
-TPU_VMEM = {"v4": 13, "v5e": 100, "v5p": 52, "v6e": 100, "tpu7x": 52, None: 13}
-TPU_LANES = 128
-# What the compiler keeps in VMEM beside the buffers asked for: spills, constants.
-TPU_SLACK = 2 * 2**20
 # Multiplications that take as long as copying one entry in HBM.
 _TPU_COPY = 500
 
@@ -98,26 +95,11 @@ def check_mosaic_tpu(problem: Problem, chip: str | None) -> None:
         chip: "v4", "v5e", "v5p", "v6e", "tpu7x", another chip's name, or None where it
             is not known yet.
     """
-    if chip not in TPU_VMEM:
-        served = ", ".join(name for name in TPU_VMEM if name)
-        raise NotImplementedError(f"mosaic_tpu: chip is {chip}, needs one of {served}")
-    if problem.dtype not in ("bfloat16", "float32"):
-        raise NotImplementedError(
-            f"mosaic_tpu: dtype is {problem.dtype}, needs bfloat16 or float32"
-        )
-    served = (problem.dtype,)
-    if problem.op == "kronecker_sampled":
-        served = (problem.dtype, "float32")
-    if problem.out_dtype not in served:
-        raise NotImplementedError(
-            f"mosaic_tpu: out_dtype is {problem.out_dtype} for {problem.op}, needs "
-            f"{' or '.join(served)}"
-        )
-    for name in ("rows", "a", "b", "c", "d"):
-        if getattr(problem, name) < 1:
-            raise NotImplementedError(
-                f"mosaic_tpu: {name} is {getattr(problem, name)}, needs at least 1"
-            )
+    _chips.check_chip("mosaic_tpu", chip)
+    _chips.check_dtype("mosaic_tpu", problem)
+    sampled = problem.op == "kronecker_sampled"
+    _chips.check_out_dtype("mosaic_tpu", problem, sampled=sampled)
+    _chips.check_positive("mosaic_tpu", problem, "rows", "a", "b", "c", "d")
 
 
 def config_mosaic_tpu(problem: Problem, chip: str | None) -> Config:
@@ -126,13 +108,13 @@ def config_mosaic_tpu(problem: Problem, chip: str | None) -> Config:
     By reasoning, not yet by measurement. A unit is as wide as the matrix units at
     least: smaller blocks share one, on its diagonal, where the zeros cost nothing.
     """
-    room = TPU_VMEM.get(chip, TPU_VMEM[None]) * 2**20
+    room = _chips.tpu_vmem(chip)
     spread, blocks = _unit_mosaic_tpu(problem)
     config = Config(0, 0, 0, blocks, spread)
     count, wide_k, wide_n = units_mosaic_tpu(problem, config)
     rows = -(-problem.rows // 16) * 16
     for tile_m, side in ((512, 2048), (512, 1024), (512, 512), (256, 256), (128, 128)):
-        tile_k, tile_n = _divisor(wide_k, side), _divisor(wide_n, side)
+        tile_k, tile_n = _chips.divisor(wide_k, side), _chips.divisor(wide_n, side)
         units = 1
         if (tile_k, tile_n) == (wide_k, wide_n):
             # Several small units amortize the step.
@@ -153,7 +135,11 @@ def units_mosaic_tpu(problem: Problem, config: Config) -> tuple[int, int, int]:
     count, c, b = (
         (p.a, p.c * p.d, p.b * p.d) if config.spread else (p.a * p.d, p.c, p.b)
     )
-    return -(-count // config.blocks), _up(config.blocks * c), _up(config.blocks * b)
+    return (
+        -(-count // config.blocks),
+        _chips.up(config.blocks * c),
+        _chips.up(config.blocks * b),
+    )
 
 
 def _unit_mosaic_tpu(problem: Problem) -> tuple[bool, int]:
@@ -187,26 +173,11 @@ def vmem_mosaic_tpu(problem: Problem, config: Config) -> int:
         total = 3 * u * m * (k + n) * item + u * k * n * (2 * out + 4) + 4 * k * n
     else:
         total = 2 * u * (m * (k + n) + k * n) * item + 4 * m * n * (1 + u)
-    return total + TPU_SLACK
-
-
-def _up(size: int) -> int:
-    """The next multiple of the lanes."""
-    return -(-size // TPU_LANES) * TPU_LANES
-
-
-def _divisor(size: int, most: int) -> int:
-    """The largest multiple of 128 up to ``most`` that divides ``size``."""
-    return next(w for w in range(most, 0, -TPU_LANES) if size % w == 0)
+    return total + _chips.TPU_SLACK
 
 
 # --- GPU: Pallas Mosaic, Hopper -----------------------------------------------------
 
-# Shared memory that one program can ask for, and what its barriers may take of it.
-_HOPPER_SMEM = 232_448
-_HOPPER_BARRIERS = 1_024
-# Multiprocessors; where the chip is not known yet, those of the chips served.
-_HOPPER_MULTIPROCESSORS = {"h100": 132, "h200": 132, None: 132}
 # Rows and columns that leave a program at once, and columns of a swizzled tile.
 _HOPPER_PIECE = 64
 # Rows that a part of "kronecker_sampled" has at least.
@@ -220,33 +191,12 @@ def check_mosaic_gpu(problem: Problem, chip: str | None) -> None:
         problem: the product asked for.
         chip: "h100", "h200", another chip's name, or None where it is not known yet.
     """
-    if problem.dtype not in ("bfloat16", "float16"):
-        raise NotImplementedError(
-            f"mosaic_gpu: dtype is {problem.dtype}, needs bfloat16 or float16"
-        )
-    served = (problem.dtype,)
-    if problem.op == "kronecker_sampled":
-        served = (problem.dtype, "float32")
-    if problem.out_dtype not in served:
-        raise NotImplementedError(
-            f"mosaic_gpu: out_dtype is {problem.out_dtype} for {problem.op}, needs "
-            f"{' or '.join(served)}"
-        )
-    for name in ("rows", "a", "d"):
-        if getattr(problem, name) < 1:
-            raise NotImplementedError(
-                f"mosaic_gpu: {name} is {getattr(problem, name)}, needs at least 1"
-            )
-    for name in ("c", "b"):
-        size = getattr(problem, name)
-        if size < _HOPPER_PIECE or size % _HOPPER_PIECE:
-            raise NotImplementedError(
-                f"mosaic_gpu: {name} is {size}, needs a multiple of {_HOPPER_PIECE}"
-            )
-    if chip not in _HOPPER_MULTIPROCESSORS:
-        raise NotImplementedError(
-            f"mosaic_gpu: chip is {chip}, needs a Hopper GPU (h100, h200)"
-        )
+    _chips.check_dtype("mosaic_gpu", problem)
+    sampled = problem.op == "kronecker_sampled"
+    _chips.check_out_dtype("mosaic_gpu", problem, sampled=sampled)
+    _chips.check_positive("mosaic_gpu", problem, "rows", "a", "d")
+    _chips.check_multiple("mosaic_gpu", problem, _HOPPER_PIECE, "c", "b")
+    _chips.check_chip("mosaic_gpu", chip)
 
 
 def config_mosaic_gpu(problem: Problem, chip: str | None) -> Config:
@@ -256,7 +206,7 @@ def config_mosaic_gpu(problem: Problem, chip: str | None) -> Config:
     most 256 columns, so that x is read once; rows are split where the blocks alone
     would leave multiprocessors without work.
     """
-    programs = _HOPPER_MULTIPROCESSORS.get(chip, _HOPPER_MULTIPROCESSORS[None])
+    programs = _chips.hopper_multiprocessors(chip)
     piece = _HOPPER_PIECE
     sampled = problem.op == "kronecker_sampled"
     # Rows of the tile that two warpgroups share; where there are 64, by its columns.
@@ -270,7 +220,7 @@ def config_mosaic_gpu(problem: Problem, chip: str | None) -> Config:
         splits = min(programs // tiles, problem.rows // _HOPPER_SPLIT)
     tile_m, tile_k = (deep, high) if sampled else (high, deep)
     # What a result leaves through: two pieces of 16 bits for each of two warpgroups.
-    room = _HOPPER_SMEM - _HOPPER_BARRIERS - 2 * piece**2 * 4
+    room = _chips.HOPPER_SMEM - _chips.HOPPER_BARRIERS - 2 * piece**2 * 4
     stages = min(6, room // (2 * deep * (high + wide)))
     return Config(
         tile_m,

@@ -27,6 +27,8 @@ Products and activation in float32. Rows of the tail come out 0 in both.
 
 import dataclasses
 
+from pallas_kernels import _chips
+from pallas_kernels._chips import TPU_LANES
 from pallas_kernels.grouped_matmul import _spec as grouped
 
 
@@ -80,7 +82,6 @@ class Config:
 
 # Columns of which two 16-bit numbers, a half apart, make a word: rows move as words.
 _TPU_PAIRED = 256
-_TPU_LANES = 128
 
 
 def check_mosaic_tpu(problem: Problem, chip: str | None) -> None:
@@ -91,14 +92,12 @@ def check_mosaic_tpu(problem: Problem, chip: str | None) -> None:
         chip: "v4", "v5e", "v5p", "v6e", "tpu7x", another chip's name, or None where it
             is not known yet.
     """
-    for name in ("tokens", "choices", "d", "f", "experts"):
-        if getattr(problem, name) < 1:
-            raise NotImplementedError(
-                f"mosaic_tpu: {name} is {getattr(problem, name)}, needs at least 1"
-            )
+    _chips.check_positive(
+        "mosaic_tpu", problem, "tokens", "choices", "d", "f", "experts"
+    )
     grouped.check_mosaic_tpu(_as_product(problem), chip)
     config = config_mosaic_tpu(problem, chip)
-    room = grouped.TPU_VMEM[chip] * 2**20
+    room = _chips.tpu_vmem(chip)
     if config.vmem > room:
         raise NotImplementedError(
             f"mosaic_tpu: d={problem.d}, f={problem.f} need {config.vmem} bytes of "
@@ -107,11 +106,11 @@ def check_mosaic_tpu(problem: Problem, chip: str | None) -> None:
     tiles = -(-problem.choices // config.tile_m)
     # Choices, visits of pairs (expert, tile), first rows; two experts are the tail's.
     lists = tiles * config.tile_m + 2 * (tiles + problem.experts + 2) + problem.experts
-    if 4 * (lists + 4) > grouped.TPU_SMEM:
+    if 4 * (lists + 4) > _chips.TPU_SMEM:
         raise NotImplementedError(
             f"mosaic_tpu: {problem.choices} choices, {problem.experts} experts have "
             f"lists that take {4 * (lists + 4)} bytes of SMEM, needs at most "
-            f"{grouped.TPU_SMEM}: fewer choices at once"
+            f"{_chips.TPU_SMEM}: fewer choices at once"
         )
 
 
@@ -122,9 +121,9 @@ def config_mosaic_tpu(problem: Problem, chip: str | None) -> Config:
     pass. Tiles as wide as VMEM allows, since rows are gathered once for each. By the
     compiler's schedule, not yet by measurement.
     """
-    room = grouped.TPU_VMEM.get(chip, grouped.TPU_VMEM[None]) * 2**20
-    cores = grouped.TPU_CORES.get(chip, 1)
-    unit = _TPU_PAIRED if problem.dtype == "bfloat16" else _TPU_LANES
+    room = _chips.tpu_vmem(chip)
+    cores = _chips.tpu_cores(chip)
+    unit = _TPU_PAIRED if problem.dtype == "bfloat16" else TPU_LANES
     most_rows = -(-problem.choices // 16) * 16
     inner, outer = problem.d, problem.f
     if problem.op == "moe_down":
@@ -135,7 +134,7 @@ def config_mosaic_tpu(problem: Problem, chip: str | None) -> Config:
         tile_m = min(tile_m, most_rows)
         tile_k = grouped.part_tpu(inner, most, unit=unit)
         tile_n = grouped.part_tpu(outer, wide, cores, unit=unit)
-        rows = grouped.rows_tpu(product, tile_m, chip in grouped.TPU_WIDE)
+        rows = grouped.rows_tpu(product, tile_m, chip in _chips.TPU_WIDE)
         config = Config(tile_m, tile_k, tile_n, rows)
         config = dataclasses.replace(config, vmem=vmem_mosaic_tpu(problem, config))
         if config.vmem <= room:
@@ -165,7 +164,7 @@ def vmem_mosaic_tpu(problem: Problem, config: Config) -> int:
     total += 4 * rows * tile_n * (weights + 3)
     if problem.op == "moe_down":
         # Rows and, in a column of their own lanes, gates.
-        total += 2 * tile_m * (item * tile_k + 4 * _TPU_LANES)
+        total += 2 * tile_m * (item * tile_k + 4 * TPU_LANES)
     else:
         # Rows as they come, twice, and as the product takes them.
         width = -(-inner // tile_k) * tile_k
@@ -175,7 +174,7 @@ def vmem_mosaic_tpu(problem: Problem, config: Config) -> int:
     if inner % tile_k:
         # The operands with what lies outside their arrays cut off.
         total += item * (weights * tile_k * tile_n + rows * tile_k)
-    return total + grouped.TPU_SLACK
+    return total + _chips.TPU_SLACK
 
 
 def _as_product(problem: Problem) -> grouped.Problem:
@@ -204,18 +203,8 @@ def check_mosaic_gpu(problem: Problem, chip: str | None) -> None:
         problem: the half of the layer asked for.
         chip: "h100", "h200", another chip's name, or None where it is not known yet.
     """
-    for name in ("tokens", "choices", "experts"):
-        if getattr(problem, name) < 1:
-            raise NotImplementedError(
-                f"mosaic_gpu: {name} is {getattr(problem, name)}, needs at least 1"
-            )
-    for name in ("d", "f"):
-        size = getattr(problem, name)
-        if size < grouped.HOPPER_PIECE or size % grouped.HOPPER_PIECE:
-            raise NotImplementedError(
-                f"mosaic_gpu: {name} is {size}, needs a multiple of "
-                f"{grouped.HOPPER_PIECE}"
-            )
+    _chips.check_positive("mosaic_gpu", problem, "tokens", "choices", "experts")
+    _chips.check_multiple("mosaic_gpu", problem, grouped.HOPPER_PIECE, "d", "f")
     grouped.check_mosaic_gpu(_grouped(problem), chip)
 
 

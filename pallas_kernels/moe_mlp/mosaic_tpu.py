@@ -29,6 +29,7 @@ from jax import numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels._chips import TPU_LANES as _LANES
 from pallas_kernels.grouped_matmul import mosaic_tpu as grouped
 from pallas_kernels.moe_mlp._activation import check_activation, inlined
 from pallas_kernels.moe_mlp._spec import Config
@@ -37,7 +38,6 @@ from pallas_kernels.moe_mlp._spec import Config
 _COPIES = 8
 # Rows that are unpacked at a time: those of a 16-bit register pair.
 _STEP = 16
-_LANES = 128
 # The upper half of a word.
 _UPPER = -(2**16)
 

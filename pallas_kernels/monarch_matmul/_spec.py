@@ -18,6 +18,9 @@ l. Sums are float32, h is rounded to x's dtype, and never in HBM.
 import dataclasses
 from typing import NamedTuple
 
+from pallas_kernels import _chips
+from pallas_kernels._chips import TPU_LANES
+
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
@@ -70,12 +73,6 @@ class Config:
 
 # --- TPU: Pallas Mosaic -------------------------------------------------------------
 
-# VMEM of one core in MiB, less what the compiler keeps for itself. Where the chip is
-# not known yet the tiles must fit the smallest.
-TPU_VMEM = {"v4": 13, "v5e": 100, "v5p": 52, "v6e": 100, "tpu7x": 52, None: 13}
-TPU_LANES = 128
-# What the compiler keeps in VMEM beside the buffers asked for: spills, constants.
-TPU_SLACK = 2 * 2**20
 # Multiplications with zeros for each one asked for, by the kernel and its padding, up
 # to which two kernels with h in HBM between them cost more.
 _TPU_WASTE = 16
@@ -107,7 +104,7 @@ def panels_mosaic_tpu(problem: Problem) -> Panels:
     """The layout of least padding. Needs q to be a multiple of l."""
     k, p, l, s = problem.k, problem.p, problem.l, problem.s  # noqa: E741
     least = problem.q // l
-    rank = _up(least)
+    rank = _chips.up(least)
     swap = 1
     for groups in (128, 64, 32, 16, 8, 4, 2):
         if TPU_LANES // groups >= least and not (l % groups or k % groups):
@@ -119,7 +116,7 @@ def panels_mosaic_tpu(problem: Problem) -> Panels:
     swap_y = 0
     if TPU_LANES % l == 0 and l % share == 0 and s * share % TPU_LANES == 0:
         swap_y = l // share
-    return Panels(rank, swap, _up(p), copy_x, _up(s), swap_y)
+    return Panels(rank, swap, _chips.up(p), copy_x, _chips.up(s), swap_y)
 
 
 def check_mosaic_tpu(problem: Problem, chip: str | None) -> None:
@@ -130,18 +127,9 @@ def check_mosaic_tpu(problem: Problem, chip: str | None) -> None:
         chip: "v4", "v5e", "v5p", "v6e", "tpu7x", another chip's name, or None where it
             is not known yet.
     """
-    if chip not in TPU_VMEM:
-        served = ", ".join(name for name in TPU_VMEM if name)
-        raise NotImplementedError(f"mosaic_tpu: chip is {chip}, needs one of {served}")
-    if problem.dtype not in ("bfloat16", "float32"):
-        raise NotImplementedError(
-            f"mosaic_tpu: dtype is {problem.dtype}, needs bfloat16 or float32"
-        )
-    for name in ("rows", "k", "p", "q", "l", "r", "s"):
-        if getattr(problem, name) < 1:
-            raise NotImplementedError(
-                f"mosaic_tpu: {name} is {getattr(problem, name)}, needs at least 1"
-            )
+    _chips.check_chip("mosaic_tpu", chip)
+    _chips.check_dtype("mosaic_tpu", problem)
+    _chips.check_positive("mosaic_tpu", problem, "rows", "k", "p", "q", "l", "r", "s")
     if problem.q % problem.l:
         raise NotImplementedError(
             f"mosaic_tpu: q is {problem.q}, needs a multiple of l={problem.l}"
@@ -161,7 +149,7 @@ def check_mosaic_tpu(problem: Problem, chip: str | None) -> None:
             f"mosaic_tpu: the factors have {products} panels of 128 x 128, needs at "
             f"most {_TPU_PRODUCTS}"
         )
-    needed, room = config_mosaic_tpu(problem, chip).vmem, TPU_VMEM[chip] * 2**20
+    needed, room = config_mosaic_tpu(problem, chip).vmem, _chips.tpu_vmem(chip)
     if needed > room:
         raise NotImplementedError(
             f"mosaic_tpu: both factors and 16 rows need {needed} bytes of VMEM, "
@@ -171,7 +159,7 @@ def check_mosaic_tpu(problem: Problem, chip: str | None) -> None:
 
 def config_mosaic_tpu(problem: Problem, chip: str | None) -> Config:
     """Picks the tallest tile that fits beside both factors, which stay in VMEM."""
-    room = TPU_VMEM.get(chip, TPU_VMEM[None]) * 2**20
+    room = _chips.tpu_vmem(chip)
     rows = -(-problem.rows // 16) * 16
     config = Config(tile_m=16)
     for tile_m in (512, 256, 128, 64, 32, 16):
@@ -201,21 +189,11 @@ def vmem_mosaic_tpu(problem: Problem, config: Config) -> int:
     inner = problem.k * problem.l * panels.rank + problem.l * panels.wide_s
     total = sum(_entries_mosaic_tpu(problem))
     total += 2 * config.tile_m * columns + config.rows * inner
-    return total * item + TPU_SLACK
-
-
-def _up(size: int) -> int:
-    """The next multiple of the lanes."""
-    return -(-size // TPU_LANES) * TPU_LANES
+    return total * item + _chips.TPU_SLACK
 
 
 # --- GPU: Pallas Mosaic, Hopper -----------------------------------------------------
 
-# Shared memory that one program can ask for, and what its barriers may take of it.
-_HOPPER_SMEM = 232_448
-_HOPPER_BARRIERS = 1_024
-# Multiprocessors; where the chip is not known yet, those of the chips served.
-_HOPPER_MULTIPROCESSORS = {"h100": 132, "h200": 132, None: 132}
 # Rows of a program, columns of a swizzled tile and what leaves a program at once.
 HOPPER_PIECE = 64
 # What one wgmma contracts: neighbours in SMEM.
@@ -237,21 +215,9 @@ def check_mosaic_gpu(problem: Problem, chip: str | None) -> None:
         problem: the product asked for.
         chip: "h100", "h200", another chip's name, or None where it is not known yet.
     """
-    if problem.dtype not in ("bfloat16", "float16"):
-        raise NotImplementedError(
-            f"mosaic_gpu: dtype is {problem.dtype}, needs bfloat16 or float16"
-        )
-    for name in ("rows", "k", "p", "q", "l", "r", "s"):
-        if getattr(problem, name) < 1:
-            raise NotImplementedError(
-                f"mosaic_gpu: {name} is {getattr(problem, name)}, needs at least 1"
-            )
-    for name in ("p", "s"):
-        size = getattr(problem, name)
-        if size % HOPPER_PIECE:
-            raise NotImplementedError(
-                f"mosaic_gpu: {name} is {size}, needs a multiple of {HOPPER_PIECE}"
-            )
+    _chips.check_dtype("mosaic_gpu", problem)
+    _chips.check_positive("mosaic_gpu", problem, "rows", "k", "p", "q", "l", "r", "s")
+    _chips.check_multiple("mosaic_gpu", problem, HOPPER_PIECE, "p", "s")
     if problem.q % problem.l:
         raise NotImplementedError(
             f"mosaic_gpu: q is {problem.q}, needs a multiple of l={problem.l}"
@@ -275,16 +241,13 @@ def check_mosaic_gpu(problem: Problem, chip: str | None) -> None:
             f"mosaic_gpu: q / l is {width}, needs at most {_HOPPER_SUMS}"
         )
     needed = smem_mosaic_gpu(problem, _with_group(problem, _HOPPER_COMPUTE * fold))
-    if needed > _HOPPER_SMEM:
+    if needed > _chips.HOPPER_SMEM:
         raise NotImplementedError(
             f"mosaic_gpu: k is {problem.k}, r is {problem.r}: 64 rows of h for "
             f"{_HOPPER_COMPUTE * fold} blocks of right, and buffers, take {needed} "
-            f"bytes of SMEM, needs at most {_HOPPER_SMEM}"
+            f"bytes of SMEM, needs at most {_chips.HOPPER_SMEM}"
         )
-    if chip not in _HOPPER_MULTIPROCESSORS:
-        raise NotImplementedError(
-            f"mosaic_gpu: chip is {chip}, needs a Hopper GPU (h100, h200)"
-        )
+    _chips.check_chip("mosaic_gpu", chip)
 
 
 def config_mosaic_gpu(problem: Problem, chip: str | None) -> Config:
@@ -302,8 +265,8 @@ def config_mosaic_gpu(problem: Problem, chip: str | None) -> Config:
     stage = smem_mosaic_gpu(problem, dataclasses.replace(config, stages=3)) - smem
     return dataclasses.replace(
         config,
-        stages=min(6, 2 + (_HOPPER_SMEM - smem) // stage),
-        programs=_HOPPER_MULTIPROCESSORS.get(chip, _HOPPER_MULTIPROCESSORS[None]),
+        stages=min(6, 2 + (_chips.HOPPER_SMEM - smem) // stage),
+        programs=_chips.hopper_multiprocessors(chip),
     )
 
 
@@ -319,7 +282,9 @@ def _fits(problem: Problem, config: Config) -> bool:
     """Whether SMEM holds h, and registers the sums of ``fold`` blocks of left."""
     width = problem.q // problem.l
     sums = fold_mosaic_gpu(width) * width * config.group // _HOPPER_COMPUTE
-    return sums <= _HOPPER_SUMS and smem_mosaic_gpu(problem, config) <= _HOPPER_SMEM
+    return (
+        sums <= _HOPPER_SUMS and smem_mosaic_gpu(problem, config) <= _chips.HOPPER_SMEM
+    )
 
 
 def smem_mosaic_gpu(problem: Problem, config: Config) -> int:
@@ -330,4 +295,4 @@ def smem_mosaic_gpu(problem: Problem, config: Config) -> int:
     right = _HOPPER_COMPUTE * config.tile_r * config.tile_s
     y = _HOPPER_COMPUTE * HOPPER_PIECE**2
     total = h + config.stages * left + config.stages_right * right + y
-    return 2 * total + _HOPPER_BARRIERS
+    return 2 * total + _chips.HOPPER_BARRIERS

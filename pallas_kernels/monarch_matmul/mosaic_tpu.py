@@ -43,9 +43,9 @@ from jax import numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels._chips import TPU_LANES
 from pallas_kernels.grouped_matmul.mosaic_tpu import at_least, dot, out_shape
 from pallas_kernels.monarch_matmul._spec import (
-    TPU_LANES,
     Config,
     Panels,
     Problem,

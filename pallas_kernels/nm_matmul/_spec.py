@@ -22,6 +22,9 @@ Both accumulate in float32.
 import dataclasses
 import math
 
+from pallas_kernels import _chips
+from pallas_kernels._chips import TPU_LANES
+
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
@@ -89,10 +92,6 @@ class Config:
 
 # --- TPU: Pallas Mosaic -------------------------------------------------------------
 
-# VMEM of one core in MiB, less what the compiler keeps for itself. Where the chip is
-# not known yet the tiles must fit the smallest.
-_TPU_VMEM = {"v4": 13, "v5e": 100, "v5p": 52, "v6e": 100, "tpu7x": 52, None: 13}
-_TPU_LANES = 128
 # Selections that expand one unit; the kernel spells them all out.
 _TPU_SELECTIONS = 2048
 # Rows of x up to which changing the order of its columns costs little.
@@ -109,33 +108,18 @@ def check_mosaic_tpu(problem: Problem, chip: str | None) -> None:
         chip: "v4", "v5e", "v5p", "v6e", "tpu7x", another chip's name, or None where it
             is not known yet.
     """
-    if chip not in _TPU_VMEM:
-        served = ", ".join(name for name in _TPU_VMEM if name)
-        raise NotImplementedError(f"mosaic_tpu: chip is {chip}, needs one of {served}")
-    if problem.dtype not in ("bfloat16", "float32"):
-        raise NotImplementedError(
-            f"mosaic_tpu: dtype is {problem.dtype}, needs bfloat16 or float32"
-        )
-    served = (problem.dtype,)
-    if problem.op == "nm_sampled":
-        served = (problem.dtype, "float32")
-    if problem.out_dtype not in served:
-        raise NotImplementedError(
-            f"mosaic_tpu: out_dtype is {problem.out_dtype} for {problem.op}, needs "
-            f"{' or '.join(served)}"
-        )
-    for name in ("rows", "k", "p"):
-        if getattr(problem, name) < 1:
-            raise NotImplementedError(
-                f"mosaic_tpu: {name} is {getattr(problem, name)}, needs at least 1"
-            )
+    _chips.check_chip("mosaic_tpu", chip)
+    _chips.check_dtype("mosaic_tpu", problem)
+    sampled = problem.op == "nm_sampled"
+    _chips.check_out_dtype("mosaic_tpu", problem, sampled=sampled)
+    _chips.check_positive("mosaic_tpu", problem, "rows", "k", "p")
     selections = problem.n * unit(problem.n, problem.m)[2]
     if selections > _TPU_SELECTIONS:
         raise NotImplementedError(
             f"mosaic_tpu: n:m is {problem.n}:{problem.m}, which takes {selections} "
             f"selections per unit, needs at most {_TPU_SELECTIONS}: smaller groups"
         )
-    needed, room = config_mosaic_tpu(problem, chip).vmem, _TPU_VMEM[chip] * 2**20
+    needed, room = config_mosaic_tpu(problem, chip).vmem, _chips.tpu_vmem(chip)
     if needed > room:
         raise NotImplementedError(
             f"mosaic_tpu: n:m is {problem.n}:{problem.m}, whose smallest tile needs "
@@ -150,14 +134,14 @@ def config_mosaic_tpu(problem: Problem, chip: str | None) -> Config:
     wants copies of some hundred KiB; at many rows each expanded tile serves up to 512
     rows of x, which hides its making behind the matrix units.
     """
-    room = _TPU_VMEM.get(chip, _TPU_VMEM[None]) * 2**20
+    room = _chips.tpu_vmem(chip)
     side = unit(problem.n, problem.m)[2]
     # Whole registers of units, and whole lanes of x's columns.
-    least = max(8, _TPU_LANES // math.gcd(side, _TPU_LANES))
+    least = max(8, TPU_LANES // math.gcd(side, TPU_LANES))
     rows = -(-problem.rows // 16) * 16
-    wide = -(-problem.p // _TPU_LANES) * _TPU_LANES
+    wide = _chips.up(problem.p)
     most = max(1, -(-problem.k // (least * side)))
-    config = Config(16, least, _TPU_LANES)
+    config = Config(16, least, TPU_LANES)
     for tile_m in (512, 256, 128, 64, 32, 16):
         if tile_m >= 2 * rows > 32:
             continue
@@ -165,17 +149,12 @@ def config_mosaic_tpu(problem: Problem, chip: str | None) -> Config:
             units = least * min(most, max(1, tile_k // (least * side)))
             permute = problem.op != "nm_sampled" and rows <= _TPU_PERMUTED
             config = Config(
-                min(tile_m, rows), units, _divisor(wide, tile_p), permute=permute
+                min(tile_m, rows), units, _chips.divisor(wide, tile_p), permute=permute
             )
             config = dataclasses.replace(config, vmem=vmem_mosaic_tpu(problem, config))
             if config.vmem <= room:
                 return config
     return config
-
-
-def _divisor(size: int, most: int) -> int:
-    """The largest multiple of 128 up to ``most`` that divides ``size``."""
-    return next(w for w in range(most, 0, -_TPU_LANES) if size % w == 0)
 
 
 def vmem_mosaic_tpu(problem: Problem, config: Config) -> int:
@@ -195,14 +174,13 @@ def vmem_mosaic_tpu(problem: Problem, config: Config) -> int:
         side_in, side_out = tile_p, tile_k
     total = 2 * (tile_m * (side_in + side_out) * item + words + kept * item)
     # w once in scratch and once as a value; the values of a panel as words.
-    total += 2 * dense * item + config.units * side_v * _TPU_LANES * item
+    total += 2 * dense * item + config.units * side_v * TPU_LANES * item
     return total + 4 * 2 * tile_m * side_out + _TPU_SLACK
 
 
 # --- GPU: Pallas Mosaic, Hopper -----------------------------------------------------
 
-# Shared memory that one program can ask for, and what its barriers may take of it.
-_HOPPER_SMEM = 232_448
+# Shared memory that the kernel's barriers, and what fills up to its buffers, may take.
 _HOPPER_BARRIERS = 2_048
 # Units that go through registers at a time: the rows that wgmma's layout needs.
 HOPPER_UNITS = 64
@@ -225,10 +203,7 @@ def check_mosaic_gpu(problem: Problem, chip: str | None) -> None:
             f"mosaic_gpu: op is {problem.op}, needs nm: the kernel has the forward "
             "product alone"
         )
-    if problem.dtype not in ("bfloat16", "float16"):
-        raise NotImplementedError(
-            f"mosaic_gpu: dtype is {problem.dtype}, needs bfloat16 or float16"
-        )
+    _chips.check_dtype("mosaic_gpu", problem)
     if not 1 <= problem.rows <= _HOPPER_ROWS:
         raise NotImplementedError(
             f"mosaic_gpu: rows is {problem.rows}, needs 1 to {_HOPPER_ROWS}: with "
@@ -248,10 +223,7 @@ def check_mosaic_gpu(problem: Problem, chip: str | None) -> None:
                 f"mosaic_gpu: {name} is {size}, needs a multiple of {multiple} for "
                 f"{n}:{m}"
             )
-    if chip not in (None, "h100", "h200"):
-        raise NotImplementedError(
-            f"mosaic_gpu: chip is {chip}, needs a Hopper GPU (h100, h200)"
-        )
+    _chips.check_chip("mosaic_gpu", chip)
 
 
 def config_mosaic_gpu(problem: Problem, chip: str | None) -> Config:
@@ -264,5 +236,5 @@ def config_mosaic_gpu(problem: Problem, chip: str | None) -> Config:
     n, m = problem.n, problem.m
     tile = HOPPER_UNITS * 64 * 2
     fixed = min(m, HOPPER_TILES) * tile + 2 * HOPPER_UNITS * 64 * 4 + _HOPPER_BARRIERS
-    stages = min(4, (_HOPPER_SMEM - fixed) // ((n + m) * tile))
+    stages = min(4, (_chips.HOPPER_SMEM - fixed) // ((n + m) * tile))
     return Config(tile_m=64, units=HOPPER_UNITS, tile_p=64, stages=stages)

@@ -39,9 +39,9 @@ from jax import numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels._chips import TPU_LANES as _LANES
 from pallas_kernels.nm_matmul._spec import Config, index_bits, unit
 
-_LANES = 128
 _SUBLANES = 8  # of 32 bits
 
 

@@ -15,6 +15,7 @@ if os.environ["SPARSEJAX_COMPILE"] != "tpu":
 sys.path.append(str(pathlib.Path(__file__).parent))
 import _tpu  # noqa: E402
 
+from pallas_kernels import _chips  # noqa: E402
 from pallas_kernels.grouped_matmul import _spec, mosaic_tpu  # noqa: E402
 
 NAMES = {
@@ -29,7 +30,7 @@ def check(chip, op, m, k, n, groups, dtype, out_dtype=None):
     problem = _spec.Problem(op, m, k, n, groups, dtype, out_dtype or dtype)
     _spec.check_mosaic_tpu(problem, chip)
     config = _spec.config_mosaic_tpu(problem, chip)
-    assert config.vmem <= _spec.TPU_VMEM[chip] * 2**20
+    assert config.vmem <= _chips.tpu_vmem(chip)
     x, y, w = S((m, k), dtype), S((m, n), dtype), S((groups, k, n), dtype)
     if op == "grouped_sampled":
         fn = functools.partial(

@@ -15,6 +15,7 @@ if os.environ["SPARSEJAX_COMPILE"] != "tpu":
 sys.path.append(str(pathlib.Path(__file__).parent))
 import _tpu  # noqa: E402
 
+from pallas_kernels import _chips  # noqa: E402
 from pallas_kernels.kronecker_sparse_matmul import _spec, mosaic_tpu  # noqa: E402
 from pallas_kernels.monarch_matmul import _spec as monarch_spec  # noqa: E402
 from pallas_kernels.monarch_matmul import mosaic_tpu as monarch_tpu  # noqa: E402
@@ -37,7 +38,7 @@ def kronecker(chip, op, rows, pattern, dtype, out_dtype=None):
     problem = _spec.Problem(op, rows, a, b, c, d, dtype, out_dtype or dtype)
     _spec.check_mosaic_tpu(problem, chip)
     config = _spec.config_mosaic_tpu(problem, chip)
-    assert config.vmem <= _spec.TPU_VMEM[chip] * 2**20
+    assert config.vmem <= _chips.tpu_vmem(chip)
     x, y = S((rows, a * c * d), dtype), S((rows, a * b * d), dtype)
     if op == "kronecker":
         fn = functools.partial(mosaic_tpu.product, config=config)

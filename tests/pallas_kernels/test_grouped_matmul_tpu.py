@@ -8,6 +8,7 @@ import pytest
 from jax import numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels import _chips
 from pallas_kernels.grouped_matmul import _spec, mosaic_tpu
 
 PROBLEM = _spec.Problem("grouped", 64, 256, 128, 4, "bfloat16", "bfloat16")
@@ -195,7 +196,7 @@ def test_tiles_fit_and_cover(chip):
         for op in OPS:
             problem = _spec.Problem(op, m, k, n, groups, *["float32"] * 2)
             config = _spec.config_mosaic_tpu(problem, chip)
-            assert config.vmem <= _spec.TPU_VMEM[chip] * 2**20
+            assert config.vmem <= _chips.tpu_vmem(chip)
             assert config.rows % 16 == 0 and config.rows <= config.tile_m
             assert config.tile_k % 128 == 0 and config.tile_n % 128 == 0
 

@@ -8,6 +8,7 @@ import pytest
 from jax import numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels import _chips
 from pallas_kernels.kronecker_sparse_matmul import _spec, mosaic_tpu
 from sparsejax.testing import assert_close
 
@@ -141,7 +142,7 @@ def test_tiles_fit_and_cover(chip):
             problem = _spec.Problem(op, 5000, *pattern, *["float32"] * 2)
             _spec.check_mosaic_tpu(problem, chip)
             config = _spec.config_mosaic_tpu(problem, chip)
-            assert config.vmem <= _spec.TPU_VMEM[chip] * 2**20
+            assert config.vmem <= _chips.tpu_vmem(chip)
             count, wide_k, wide_n = _spec.units_mosaic_tpu(problem, config)
             assert wide_k % config.tile_k == 0 and wide_n % config.tile_n == 0
             assert count % config.units == 0 and config.tile_m % 16 == 0

@@ -8,6 +8,7 @@ import pytest
 from jax import numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels import _chips
 from pallas_kernels.moe_mlp import _spec, mosaic_tpu
 
 PROBLEM = _spec.Problem("moe_hidden", 32, 64, 256, 512, 4, "bfloat16")
@@ -191,7 +192,7 @@ def test_tiles_fit_and_cover(chip):
             problem = _spec.Problem(op, 8192, 16384, d, f, experts, "float32")
             _spec.check_mosaic_tpu(problem, chip)
             config = _spec.config_mosaic_tpu(problem, chip)
-            assert config.vmem <= _spec.grouped.TPU_VMEM[chip] * 2**20
+            assert config.vmem <= _chips.tpu_vmem(chip)
             assert config.rows % 16 == 0 and config.rows <= config.tile_m
             assert config.tile_k % 128 == 0 and config.tile_n % 128 == 0
 

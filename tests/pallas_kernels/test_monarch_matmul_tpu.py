@@ -8,6 +8,7 @@ import pytest
 from jax import numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels import _chips
 from pallas_kernels.monarch_matmul import _spec, mosaic_tpu
 from sparsejax.testing import assert_close
 
@@ -129,7 +130,7 @@ def test_tiles_fit(chip, dtype):
         problem = dataclasses.replace(PROBLEM, rows=rows, dtype=dtype)
         _spec.check_mosaic_tpu(problem, chip)
         config = _spec.config_mosaic_tpu(problem, chip)
-        assert config.vmem <= _spec.TPU_VMEM[chip] * 2**20
+        assert config.vmem <= _chips.tpu_vmem(chip)
         assert config.tile_m % config.rows == 0 and config.rows % 16 == 0
 
 

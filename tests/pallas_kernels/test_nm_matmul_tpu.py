@@ -8,6 +8,7 @@ import pytest
 from jax import numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels import _chips
 from pallas_kernels.nm_matmul import _spec, mosaic_tpu
 
 PROBLEM = _spec.Problem("nm", 16, 256, 128, 2, 4, "bfloat16", "bfloat16")
@@ -151,7 +152,7 @@ def test_tiles_fit_and_cover(chip):
             problem = _spec.Problem(op, 5000, m * 1000, 1920, n, m, *["float32"] * 2)
             _spec.check_mosaic_tpu(problem, chip)
             config = _spec.config_mosaic_tpu(problem, chip)
-            assert config.vmem <= _spec._TPU_VMEM[chip] * 2**20
+            assert config.vmem <= _chips.tpu_vmem(chip)
             assert config.units % 8 == 0 and 1920 % config.tile_p == 0
             assert config.units * _spec.unit(n, m)[2] % 128 == 0
 
