@@ -104,6 +104,15 @@ def check(config: Config, args: argparse.Namespace) -> None:
         raise ValueError(
             f"--pretrain: got {args.pretrain!r} beside --checkpoint, needed one of them"
         )
+    of_dense = pretrain_lm.parse(pretrain_flags(args))
+    if of_dense.ffn != "dense" or of_dense.compare:
+        raise ValueError(f"--pretrain: got {args.pretrain!r}, needed --ffn dense")
+
+
+def pretrain_flags(args: argparse.Namespace) -> list[str]:
+    """What ``pretrain_lm.py`` is told, all but the seed and the folders."""
+    flags = [*shlex.split(PRETRAIN), *shlex.split(args.pretrain)]
+    return [*flags, "--data", *args.data] if args.data else flags
 
 
 # ---- the dense model ---------------------------------------------------------------
@@ -122,12 +131,9 @@ def pretrain(args: argparse.Namespace, seed: int) -> pathlib.Path:
 
     As the command ``pretrain_lm.py`` would.
     """
-    flags = [*shlex.split(PRETRAIN), *shlex.split(args.pretrain)]
-    if args.data:
-        flags += ["--data", *args.data]
     folder = args.out / "dense" / f"seed-{seed}"
-    flags += ["--seed", seed, "--out", folder, "--checkpoint-dir", folder, "--resume"]
-    flags = [str(flag) for flag in flags]
+    where = ["--out", str(folder), "--checkpoint-dir", str(folder), "--resume"]
+    flags = [*pretrain_flags(args), "--seed", str(seed), *where]
     steps = pretrain_lm.parse(flags).steps
     if sj.checkpoint.latest_step(folder / "dense") != steps:
         pretrain_lm.main(flags)
@@ -165,12 +171,7 @@ def forms(k: int, n: int, blocks: int, block: int) -> dict[str, Any]:
     Pixelfly has the largest butterfly that leaves parameters for a rank of 1.
     """
     monarch = structured.monarch(k, n, blocks=blocks)
-    target = monarch.params
-    if target < k + n:
-        raise ValueError(
-            f"--blocks: got {blocks}, which leaves {target} parameters to a weight of "
-            f"{k} x {n}; needed fewer, for at least {k + n}, those of rank 1"
-        )
+    target = monarch.params  # at least k + n, as rank 1 has
     side = min(block, k, n)
     sizes = [2**i for i in range((-(-min(k, n) // side) - 1).bit_length() + 1)]
     spare = {  # beside the blocks of a butterfly of that size
@@ -239,7 +240,7 @@ def begin(arm: str, dense: Dense, config: Config, key: jax.Array) -> Begin:
         layers = {
             name: {
                 "form": f"{int(kept[name].sum())} of {p.size}",
-                "error": float(jnp.linalg.norm(p * ~kept[name])) / norms[name],
+                "error": float(jnp.linalg.norm(p[~kept[name]])) / norms[name],
             }
             for name, p in kernels.items()
         }
@@ -451,8 +452,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--learning-rates",
         nargs="+",
         type=float,
-        default=[1e-3, 3e-3],
-        help="at their peaks; each model takes its best (0.001 0.003)",
+        default=[1e-3, 3e-3, 1e-2],
+        help="at their peaks; each model takes its best (0.001 0.003 0.01)",
     )
     add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="one or more (0 1 2)")
     add("--data", nargs="+", default=[], metavar="PATH", help="text files or folders")
