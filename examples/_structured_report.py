@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import matplotlib
+import matplotlib.lines
 
 matplotlib.use("Agg")  # pictures go to files, also where there is no screen
 
@@ -224,35 +225,51 @@ def plot(
 ) -> None:
     """Validation loss while fine-tuning, and before and after over the error."""
     figure, (left, right) = plt.subplots(
-        1, 2, figsize=(11.5, 4.6), sharey=True, layout="constrained"
+        1, 2, figsize=(11.5, 4.8), layout="constrained"
     )
-    highest = 0.0
+    lasts = []
     for result in results:
         arm = result["arm"]
         color, mine = COLORS[arm], chosen(rows, arm)
         steps = [r["step"] for r in mine[0].records]
         losses = np.array([[r["validation"] for r in row.records] for row in mine])
+        lasts.append(losses[:, -1])
         left.plot(steps, losses.T, color=color, alpha=0.35, linewidth=0.8)
         left.plot(steps, losses.mean(0), color=color, linewidth=2, label=NAMES[arm])
-        highest = max(highest, losses[:, 0].max())
-        if not result["error"]:
-            continue
-        for error, before, after in zip(
-            result["error"], losses[:, 0], losses[:, -1], strict=True
-        ):
-            right.plot([error] * 2, [before, after], color=color, linewidth=0.8)
-            right.plot(error, before, "o", color=color, markerfacecolor="white")
-            right.plot(error, after, "o", color=color)
+        if arm == "dense":  # projected by nothing: a level, not a point
+            levels = zip(losses[:, [0, -1]].mean(0), (":", "-"), strict=True)
+            for level, style in levels:
+                right.axhline(level, color=color, linewidth=1.2, linestyle=style)
+        elif result["error"]:
+            at = np.array(result["error"])
+            right.plot([at, at], losses[:, [0, -1]].T, color=color, linewidth=0.8)
+            right.plot(at, losses[:, 0], "o", color=color, markerfacecolor="white")
+            right.plot(at, losses[:, -1], "o", color=color)
+    # What a projection costs at first is on the right; here is what remains of it.
+    low, high = np.min(lasts), np.max(lasts)
+    left.set_ylim(low - 0.1 * (high - low), high + 1.2 * (high - low))
     left.set(xlabel="fine-tuning steps", ylabel="validation loss, bits per byte")
-    right.set(xlabel="relative error of the projection, |W - W'| / |W|")
     left.set_title("While fine-tuning", loc="left")
-    right.set_title("Hollow: as projected; full: fine-tuned", loc="left")
-    left.set_yscale("log")
-    low, high = left.get_ylim()
+    left.legend(title="thick: mean of the seeds", frameon=False, loc="upper right")
+    right.set_yscale("log")
+    low, high = right.get_ylim()
     ticks = [t for t in (1, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 12, 16, 24) if low <= t <= high]
-    left.set_yticks(ticks, [f"{t:g}" for t in ticks])
-    left.minorticks_off()
-    left.legend(title="thick: mean of the seeds", frameon=False)
+    right.set_yticks(ticks, [f"{t:g}" for t in ticks])
+    right.minorticks_off()
+    right.set(
+        xlabel="relative error of the projection, |W - W'| / |W|",
+        ylabel="validation loss, bits per byte",
+    )
+    right.set_title("Hollow: as projected; full: fine-tuned", loc="left")
+    line = matplotlib.lines.Line2D
+    right.legend(
+        handles=[
+            line([], [], color="0.25", linestyle=":", label="dense, before"),
+            line([], [], color="0.25", label="dense, fine-tuned"),
+        ],
+        frameon=False,
+        loc="upper left",
+    )
     for axis in (left, right):
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
