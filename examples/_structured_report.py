@@ -224,9 +224,7 @@ def plot(
     rows: Sequence[Row], results: Sequence[dict[str, Any]], path: pathlib.Path
 ) -> None:
     """Validation loss while fine-tuning, and before and after over the error."""
-    figure, (left, right) = plt.subplots(
-        1, 2, figsize=(11.5, 4.8), layout="constrained"
-    )
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11.5, 5), layout="constrained")
     lasts = []
     for result in results:
         arm = result["arm"]
@@ -243,14 +241,18 @@ def plot(
         elif result["error"]:
             at = np.array(result["error"])
             right.plot([at, at], losses[:, [0, -1]].T, color=color, linewidth=0.8)
-            right.plot(at, losses[:, 0], "o", color=color, markerfacecolor="white")
-            right.plot(at, losses[:, -1], "o", color=color)
+            dots = dict(linestyle="", marker="o", color=color, zorder=3)
+            right.plot(at, losses[:, 0], markerfacecolor="white", **dots)
+            right.plot(at, losses[:, -1], **dots)
     # What a projection costs at first is on the right; here is what remains of it.
     low, high = np.min(lasts), np.max(lasts)
     left.set_ylim(low - 0.1 * (high - low), high + 1.2 * (high - low))
     left.set(xlabel="fine-tuning steps", ylabel="validation loss, bits per byte")
-    left.set_title("While fine-tuning", loc="left")
-    left.legend(title="thick: mean of the seeds", frameon=False, loc="upper right")
+    left.set_title("While fine-tuning; thick: mean of the seeds", loc="left")
+    handles, labels = left.get_legend_handles_labels()
+    figure.legend(
+        handles, labels, loc="outside lower center", ncols=len(labels), frameon=False
+    )
     right.set_yscale("log")
     low, high = right.get_ylim()
     ticks = [t for t in (1, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 12, 16, 24) if low <= t <= high]

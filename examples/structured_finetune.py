@@ -6,7 +6,7 @@ block-diagonal, and by its largest entries under a mask that stays, all with as 
 parameters, and trains each further. Beside them: the dense model trained as long, and
 Monarch factors drawn afresh. The commands, from the repository's root:
 
-    # three seeds, each with a dense model of its own: about 10 minutes on one core
+    # three seeds, each with a dense model of its own: about 20 minutes on one core
     python examples/structured_finetune.py
 
     # a look at it in a minute
