@@ -1,13 +1,15 @@
 """Monarch products beside a dense layer, and how near each is to its FLOP limit.
 
     python benchmarks/bench_structured.py
-    python benchmarks/bench_structured.py --sizes 4096 --rows 1024 --blocks 16 32
+    python benchmarks/bench_structured.py --sizes 4096 --rows 256 --blocks 16 32 64 \
+        --rounds 5 --out benchmarks/results/structured_4096.cpu.json
 
 Forward, and value with all gradients, of square layers for each number of rows and of
 blocks. The anchors: the dense product, the same Monarch matrix as two einsums, and with
 the axes moved as fly's ``blockdiag_butterfly_multiply`` moves them. One JSON file under
 results/; the summary has the ratios to dense and the FLOP limits, the multiply-adds of
-the factors over those of the dense layer.
+the factors over those of the dense layer. Long convolutions, which are structured
+products too, are beside convolution by ``jnp.fft`` in ``bench_long_conv.py``.
 """
 
 import argparse
@@ -40,14 +42,17 @@ def main():
                     cases(size, rows, mode, args), rounds=args.rounds
                 )
                 print(f"\n{rows}x{size}, {mode}, {args.dtype}")
-                print(_harness.table(times, base="dense"), flush=True)
+                limits = {
+                    name: limit(size, int(name.split()[1])) if "," in name else 1
+                    for name in times
+                }
+                print(with_limits(_harness.table(times, base="dense"), limits))
                 for name, timing in times.items():
                     label = f"{rows}x{size} {mode} {name}"
                     everything[label] = timing
                     summary[label] = _harness.ratio(times, name, "dense")
         for blocks in args.blocks:
-            side = -(-size // blocks)
-            summary[f"{size}, {blocks} blocks: limit"] = 2 * blocks * side**2 / size**2
+            summary[f"{size}, {blocks} blocks: limit"] = limit(size, blocks)
     # Rows of different sizes have no common base: the ratios are in the summary.
     _harness.save(
         "structured",
@@ -57,6 +62,21 @@ def main():
         summary=summary,
         path=args.out,
     )
+
+
+def limit(size, blocks):
+    """Multiply-adds of the factors over those of a dense product."""
+    return 2 * blocks * (size // blocks) ** 2 / size**2
+
+
+def with_limits(table, limits):
+    """The table with two columns more: the limit, and the time over it."""
+    head, *lines = table.splitlines()
+    added = [f"{head}  FLOP limit  ratio to it"]
+    for line, least in zip(lines, limits.values(), strict=True):
+        ratio = float(line.split()[-1])
+        added.append(f"{line:{len(head)}}  {least:10.3f}  {ratio / least:11.2f}")
+    return "\n".join(added)
 
 
 def cases(size, rows, mode, args):

@@ -25,7 +25,7 @@ PyTree = Any
 # What a data pipeline calls its position: grain gives dictionaries or bytes.
 Position = Any
 
-__all__ = ["Checkpoint", "latest_step", "restore", "save"]
+__all__ = ["Checkpoint", "latest_step", "restore", "save", "stored_config"]
 
 
 class Checkpoint(NamedTuple):
@@ -170,6 +170,34 @@ def latest_step(directory: str | os.PathLike) -> int | None:
         return None
     with _manager(directory) as manager:
         return manager.latest_step()
+
+
+def stored_config(
+    directory: str | os.PathLike, *, step: int | None = None
+) -> dict[str, Any] | None:
+    """Returns the configuration that a checkpoint was saved with, as JSON has it.
+
+    For a program that takes a run's checkpoint without having made the run; what
+    ``restore`` needs is made from it.
+
+    Args:
+      directory: Folder that ``save`` wrote to.
+      step: Which checkpoint; the newest if None.
+
+    Returns:
+      The dataclass's fields or the mapping, tuples as lists; None where ``directory``
+      has no checkpoint.
+
+    Example:
+      >>> import tempfile
+      >>> folder = tempfile.mkdtemp()
+      >>> save(folder, 1, {"w": np.ones(2)}, config={"sizes": (4, 2)})
+      >>> stored_config(folder)
+      {'sizes': [4, 2]}
+    """
+    if step is None:
+        step = latest_step(directory)
+    return None if step is None else _read_meta(directory, step)["config"]
 
 
 # ---- leaves ------------------------------------------------------------------------

@@ -49,7 +49,11 @@ def monarch_matmul(
       dtype: In which to multiply, and that of y; default, the promoted dtype. Sums are
         float32 in any case, and gradients of float32 factors come out unrounded.
       implementation: "xla", "mosaic_tpu" or "mosaic_gpu"; None chooses and always
-        works. A named implementation never falls back.
+        works. The kernels are one for both factors or, where that does not serve, one
+        for each. A named implementation never falls back: the gradients, made by
+        products with one factor, are also refused where its kernels do not serve those
+        ("mosaic_gpu" needs p, q, r and s to be multiples of 64); to differentiate there
+        leave the choice to None.
 
     Returns:
       y ``[..., out_size]``.
@@ -166,24 +170,70 @@ def _run_xla(problem, chip, interpret, x, left, right):
 
 
 def _note_xla(problem):
-    one = Pattern(problem.k, problem.q, problem.p, 1)
-    return note([one, Pattern(1, problem.s, problem.r, problem.l)], problem.rows)
+    return note(_patterns(problem), problem.rows)
 
 
-def _kernel(name):
-    """The kernel of an implementation and how it picks tiles, loaded if used."""
+def _fused(name):
+    """What the kernel of both factors needs, and how it picks tiles."""
     if name == "mosaic_tpu":
-        from pallas_kernels.monarch_matmul import mosaic_tpu
-
-        return mosaic_tpu.product, _spec.config_mosaic_tpu
-    from pallas_kernels.monarch_matmul import mosaic_gpu
-
-    return mosaic_gpu.product, _spec.config_mosaic_gpu
+        return _spec.check_mosaic_tpu, _spec.config_mosaic_tpu
+    return _spec.check_mosaic_gpu, _spec.config_mosaic_gpu
 
 
-def _run_kernel(name, problem, chip, interpret, *arrays):
-    product, config = _kernel(name)
-    return product(*arrays, config=config(problem, chip), interpret=interpret)
+def _refusal(name, problem, chip):
+    """Why one kernel does not serve both factors; None: it does."""
+    try:
+        _fused(name)[0](problem, chip)
+    except NotImplementedError as error:
+        return str(error)
+    return None
+
+
+def _check_kernels(name, problem, chip):
+    """Served by one kernel for both factors or by one for each."""
+    why = _refusal(name, problem, chip)
+    if why is None:
+        return
+    for factor in _factors(problem):
+        try:
+            kronecker.KRONECKER[name].check(factor, chip)
+        except NotImplementedError as error:
+            raise NotImplementedError(
+                f"{why}; nor a factor at a time: {error}"
+            ) from None
+
+
+def _run_kernels(name, problem, chip, interpret, x, left, right):
+    if _refusal(name, problem, chip) is not None:
+        run = kronecker.KRONECKER[name].run
+        one, two = _factors(problem)
+        return run(two, chip, interpret, run(one, chip, interpret, x, left), right)
+    if name == "mosaic_tpu":
+        from pallas_kernels.monarch_matmul import mosaic_tpu as kernels
+    else:
+        from pallas_kernels.monarch_matmul import mosaic_gpu as kernels
+    config = _fused(name)[1](problem, chip)
+    return kernels.product(x, left, right, config=config, interpret=interpret)
+
+
+def _note_kernels(name, problem):
+    if why := _refusal(name, problem, _dispatch.current_chip()):
+        return f"a kernel for each factor, what is between them through memory ({why})"
+    return "both factors in one kernel"
+
+
+def _factors(problem):
+    """The products with one factor each."""
+    dtypes = dict(dtype=problem.dtype, out_dtype=problem.dtype)
+    return [
+        kronecker.Problem("kronecker", problem.rows, **vars(pattern), **dtypes)
+        for pattern in _patterns(problem)
+    ]
+
+
+def _patterns(problem):
+    one = Pattern(problem.k, problem.q, problem.p, 1)
+    return one, Pattern(1, problem.s, problem.r, problem.l)
 
 
 def _anything(problem, chip):
@@ -195,15 +245,17 @@ MONARCH = {
     "mosaic_tpu": Implementation(
         "mosaic_tpu",
         "tpu",
-        _spec.check_mosaic_tpu,
-        functools.partial(_run_kernel, "mosaic_tpu"),
+        functools.partial(_check_kernels, "mosaic_tpu"),
+        functools.partial(_run_kernels, "mosaic_tpu"),
+        note=functools.partial(_note_kernels, "mosaic_tpu"),
     ),
     # Hopper only: not offered to a GPU of which nothing is known.
     "mosaic_gpu": Implementation(
         "mosaic_gpu",
         "cuda",
-        _spec.check_mosaic_gpu,
-        functools.partial(_run_kernel, "mosaic_gpu"),
+        functools.partial(_check_kernels, "mosaic_gpu"),
+        functools.partial(_run_kernels, "mosaic_gpu"),
         needs_chip=True,
+        note=functools.partial(_note_kernels, "mosaic_gpu"),
     ),
 }

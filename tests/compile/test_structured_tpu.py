@@ -19,6 +19,7 @@ from pallas_kernels import _chips  # noqa: E402
 from pallas_kernels.kronecker_sparse_matmul import _spec, mosaic_tpu  # noqa: E402
 from pallas_kernels.monarch_matmul import _spec as monarch_spec  # noqa: E402
 from pallas_kernels.monarch_matmul import mosaic_tpu as monarch_tpu  # noqa: E402
+from sparsejax.ops import long_conv  # noqa: E402
 
 NAMES = {
     "kronecker": "kronecker_sparse_matmul",
@@ -125,3 +126,31 @@ def test_monarch(chip, dtype):
 )
 def test_other_monarch(rows, k, p, q, l, s, chip, dtype):  # noqa: E741
     monarch(chip, rows, k, p, q, l, s, dtype)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", *_tpu.by_hand("float32")])
+@pytest.mark.parametrize(
+    "case",
+    [
+        (256, 32, {}),
+        *_tpu.by_hand(
+            (4096, 4096, {}),
+            (4096, 4096, dict(causal=False)),
+            (4096, 4096, dict(keep_frequencies=512)),
+            (65536, 65536, {}),
+        ),
+    ],
+)
+def test_long_conv(case, dtype):
+    """XLA's products, with gradients: no kernel, and no FFT."""
+    t, taps, how = case
+
+    def run(u, k, dy):
+        y, vjp = jax.vjp(functools.partial(long_conv, **how), u, k)
+        return y, *vjp(dy)
+
+    u, k = S((8, 16, t), dtype), S((16, taps), dtype)
+    _, compiled = _tpu.compile_for("v5e", run, u, k, u)
+    text = compiled.as_text()
+    assert "convolution(" in text or " dot(" in text
+    assert " fft(" not in text

@@ -1,6 +1,7 @@
 """Every implementation of monarch_matmul against float64."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import sparsejax as sj
+from pallas_kernels.monarch_matmul._spec import Problem
 from sparsejax.ops import monarch_matmul, monarch_matmul_reference
 from sparsejax.ops._monarch_matmul import MONARCH
 from sparsejax.structured import monarch
@@ -32,15 +34,13 @@ CASES = {
     "several_tiles": (1100, (4, 16, 16), (4, 16, 16), 64, 61, "float32"),
 }
 QUICK = ["f32", "bf16", "several_tiles"]
+# Those that a kernel of both factors does not serve, but two kernels do.
+BY_FACTORS = ["f32", "more_of_the_right", "rank_1", "one_block", "one_row"]
+BY_FACTORS += ["several_tiles"]
 
 # The whole table of what a named implementation refuses; anything else must be served.
 REFUSED = {
     ("mosaic_tpu", "f16"): "dtype is float16",
-    **{("mosaic_tpu", name): "q is .* needs" for name in ("f32", "more_of_the_right")},
-    ("mosaic_tpu", "rank_1"): "q is .* needs",
-    ("mosaic_tpu", "one_block"): "q is .* needs",
-    ("mosaic_tpu", "one_row"): "q is .* needs",
-    ("mosaic_tpu", "several_tiles"): "q is .* needs",
     ("mosaic_gpu", "f32"): "dtype is float32",
     ("mosaic_gpu", "bf16"): "p is 32, needs a multiple of 64",
     ("mosaic_gpu", "f16"): "p is 8, needs a multiple of 64",
@@ -123,7 +123,11 @@ low = functools.partial(value_and_gradients, monarch_matmul_reference)
         pytest.param(
             each,
             name,
-            marks=[] if each == "xla" and name in QUICK else [pytest.mark.slow],
+            marks=[]
+            if each == "xla" and name in QUICK
+            else [pytest.mark.exhaustive]
+            if each == "mosaic_tpu" and name in BY_FACTORS[1:]
+            else [pytest.mark.slow],
         )
         for each in IMPLEMENTATIONS
         for name in CASES
@@ -355,6 +359,37 @@ def test_named_implementation_never_falls_back(implementation):
     needs = {"mosaic_tpu": "tpu", "mosaic_gpu": "cuda"}[implementation]
     with pytest.raises(NotImplementedError, match=f"needs platform {needs}, got cpu"):
         monarch_matmul(*args, implementation=implementation)
+
+
+def test_kernels_of_one_factor_where_that_of_both_does_not_serve():
+    def say(name, chip, *sizes):
+        problem = Problem("monarch", 64, *sizes, "bfloat16")
+        MONARCH[name].check(problem, chip)
+        return MONARCH[name].note(problem)
+
+    both = "both factors in one kernel"
+    assert say("mosaic_tpu", "v5e", 4, 64, 64, 4, 64, 64) == both
+    assert say("mosaic_gpu", "h200", 4, 64, 64, 4, 64, 64) == both
+    # Blocks give 128 to 3: no whole rank. Three of 64 are no whole part of a wgmma.
+    text = say("mosaic_tpu", "v5e", 6, 64, 128, 3, 256, 64)
+    assert re.match(
+        "a kernel for each factor, .*q is 128, needs a multiple of l=3", text
+    )
+    text = say("mosaic_gpu", "h200", 64, 64, 192, 64, 192, 64)
+    assert re.match("a kernel for each factor, .*q / l is 3, needs a divisor", text)
+    needs = "p is 32, needs a multiple of 64; nor a factor at a time: .*c is 32, needs"
+    with pytest.raises(NotImplementedError, match=needs):
+        say("mosaic_gpu", "h200", 4, 32, 64, 4, 64, 64)
+
+
+def test_gradients_are_of_the_named_implementation_too():
+    """Served forward, by rank 1 and blocks of 64; backward q of 32 is refused."""
+    args = jnp.ones((8, 1024)), jnp.ones((16, 1, 64, 32)), jnp.ones((1, 32, 16, 64))
+    args = [a.astype(jnp.bfloat16) for a in args]
+    product = functools.partial(monarch_matmul, implementation="mosaic_gpu")
+    y, vjp = jax.eval_shape(lambda *a: jax.vjp(product, *a), *args)
+    with pytest.raises(NotImplementedError, match="mosaic_gpu: . is (16|32), needs"):
+        jax.eval_shape(lambda y: vjp(y), y)
 
 
 @pytest.mark.slow
