@@ -172,17 +172,14 @@ def latest_step(directory: str | os.PathLike) -> int | None:
         return manager.latest_step()
 
 
-def stored_config(
-    directory: str | os.PathLike, *, step: int | None = None
-) -> dict[str, Any] | None:
-    """Returns the configuration that a checkpoint was saved with, as JSON has it.
+def stored_config(directory: str | os.PathLike) -> dict[str, Any] | None:
+    """Returns the configuration that checkpoints were saved with, as JSON has it.
 
     For a program that takes a run's checkpoint without having made the run; what
     ``restore`` needs is made from it.
 
     Args:
       directory: Folder that ``save`` wrote to.
-      step: Which checkpoint; the newest if None.
 
     Returns:
       The dataclass's fields or the mapping, tuples as lists; None where ``directory``
@@ -195,8 +192,7 @@ def stored_config(
       >>> stored_config(folder)
       {'sizes': [4, 2]}
     """
-    if step is None:
-        step = latest_step(directory)
+    step = latest_step(directory)
     return None if step is None else _read_meta(directory, step)["config"]
 
 

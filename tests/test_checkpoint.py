@@ -147,16 +147,12 @@ def test_other_configuration_names_the_field(tmp_path):
     assert checkpoint.latest_step(tmp_path) == 1
 
 
-def test_configuration_is_that_of_the_step_asked_for(tmp_path):
+def test_configuration_comes_back_as_json_has_it(tmp_path):
     assert checkpoint.stored_config(tmp_path / "none") is None
-    tree = {"w": np.ones(2)}
-    for step in (1, 2):
-        checkpoint.save(
-            tmp_path / str(step), step, tree, config={**CONFIG, "new": step}
-        )
-        assert checkpoint.stored_config(tmp_path / str(step))["new"] == step
-    stored = checkpoint.stored_config(tmp_path / "1", step=1)
-    assert stored == {**CONFIG, "model": {"width": 8, "shape": [2, 3]}, "new": 1}
+    assert not (tmp_path / "none").exists()
+    checkpoint.save(tmp_path, 1, {"w": np.ones(2)}, config=CONFIG)
+    stored = {"sparsity": 0.9, "model": {"width": 8, "shape": [2, 3]}}
+    assert checkpoint.stored_config(tmp_path) == stored
 
 
 def test_other_leaves_are_named(tmp_path):

@@ -54,9 +54,9 @@ def dense():
         # 8 (16 * 16 + 16 * 64). 32 blocks and rank 3; rank 16; seven blocks of 19 x 74,
         # the last 14 x 68.
         ((128, 512, 8, 16), (10240, 8192 + 3 * 640, 10240, 6 * 19 * 74 + 14 * 68)),
-        # Smaller blocks leave room for the diagonal's neighbours in pairs, of sizes 2
-        # and 4: three 4 x 4 blocks in each of 96 columns, and rank 7 of 512.
-        ((128, 384, 8, 4), (8192, 96 * 48 + 7 * 512, 16 * 512, 128 * 64)),
+        # Smaller blocks leave room for strides 1, 2, 4 and 8 beside the diagonal: five
+        # 4 x 4 blocks in each of 96 columns, and rank 1.
+        ((128, 384, 8, 4), (8192, 96 * 80 + 512, 16 * 512, 128 * 64)),
     ],
 )
 def test_forms_have_as_many_parameters_as_fit(sizes, counts):
@@ -64,6 +64,7 @@ def test_forms_have_as_many_parameters_as_fit(sizes, counts):
     arms = ("monarch", "pixelfly", "low_rank", "block_diagonal")
     assert tuple(forms[arm].params for arm in arms) == counts
     assert forms["afresh"] == forms["monarch"]
+    assert forms["pixelfly"].size == (16 if sizes[-1] == 4 else 1)
 
 
 def test_blocks_that_do_not_fit_are_named():

@@ -19,7 +19,7 @@ from pallas_kernels import _chips  # noqa: E402
 from pallas_kernels.kronecker_sparse_matmul import _spec, mosaic_tpu  # noqa: E402
 from pallas_kernels.monarch_matmul import _spec as monarch_spec  # noqa: E402
 from pallas_kernels.monarch_matmul import mosaic_tpu as monarch_tpu  # noqa: E402
-from sparsejax.ops import long_conv  # noqa: E402
+from sparsejax.ops import long_conv, monarch_matmul  # noqa: E402
 
 NAMES = {
     "kronecker": "kronecker_sparse_matmul",
@@ -126,6 +126,18 @@ def test_monarch(chip, dtype):
 )
 def test_other_monarch(rows, k, p, q, l, s, chip, dtype):  # noqa: E741
     monarch(chip, rows, k, p, q, l, s, dtype)
+
+
+def test_monarch_by_a_kernel_for_each_factor():
+    """The automatic choice, where no kernel serves both: 128 is no multiple of 3."""
+    x, left, right = (
+        S((64, 384), "bfloat16"),
+        S((6, 1, 64, 128), "bfloat16"),
+        S((1, 3, 256, 64), "bfloat16"),
+    )
+    text, compiled = _tpu.compile_for("v5e", monarch_matmul, x, left, right)
+    assert text.count('kernel_name = "kronecker_sparse_matmul"') == 2
+    assert "tpu_custom_call" in compiled.as_text()
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", *_tpu.by_hand("float32")])
