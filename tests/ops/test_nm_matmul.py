@@ -170,6 +170,8 @@ def test_transformations(implementation):
         jax.vmap(product, in_axes=(None, 0, None))(x, vs, indices),
         separately([x] * 2, vs, [indices] * 2),
     )
+    if implementation == "mosaic_gpu":
+        return  # its interpreter works by callbacks, which checkpoint refuses
     loss = lambda x, v, i: jnp.sum(jnp.square(product(x, v, i).astype(jnp.float32)))
 
     def scanned(vs):
