@@ -152,9 +152,9 @@ def test_against_float64(rows, k, p, n, m, dtype):
     ("rows", "k", "p", "n", "m", "dtype", "splits"),
     [
         (3, 2304, 192, 2, 4, "bfloat16", 2),
-        (70, 512, 64, 1, 8, "float16", 1),
+        pytest.param(70, 512, 64, 1, 8, "float16", 1, marks=pytest.mark.slow),
         (8, 512, 128, 2, 8, "bfloat16", 2),
-        (1, 384, 64, 1, 3, "bfloat16", 1),
+        pytest.param(1, 384, 64, 1, 3, "bfloat16", 1, marks=pytest.mark.slow),
     ],
 )
 def test_transposed_against_float64(rows, k, p, n, m, dtype, splits):
@@ -179,7 +179,7 @@ def test_transposed_against_float64(rows, k, p, n, m, dtype, splits):
     ("case", "out_dtype"),
     [
         (CASES[0], "bfloat16"),
-        (CASES[1], "float16"),
+        pytest.param(CASES[1], "float16", marks=pytest.mark.slow),
         (CASES[2], "float32"),
         (CASES[3], "float32"),
     ],
