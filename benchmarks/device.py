@@ -148,7 +148,7 @@ def worker(args, what, timeout, **job):
 def run_tests(args):
     kernels = sorted(str(p) for p in ROOT.glob("tests/pallas_kernels/*gpu*.py"))
     here = " and ".join(f"not {word}" for word in NOT_HERE)
-    # nm_matmul's kernel is compiled in its operator's tests; this one only simulates.
+    # nm_matmul's kernels are compiled in its operator's tests; these only simulate.
     runs = {"kernels": (kernels, "not simulated and not against_float64")}
     for name in ("block_sparse_matmul", "nm_matmul", "grouped_matmul", "moe_mlp"):
         file = ROOT / f"tests/ops/test_{name}.py"

@@ -38,6 +38,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.block_sparse_matmul._spec import Config
+from pallas_kernels.grouped_matmul.mosaic_gpu import (
+    row_and_column,
+    varying,
+    whole_tiles,
+)
 
 # wgmma reads its operands from SMEM while the warpgroup goes on: a buffer is handed
 # back one step late, after a wait for all products but those of the last step (each
@@ -47,7 +52,7 @@ _DELAY = 1
 _COPY_REGISTERS = 40
 
 
-def _transforms(columns: int, dtype) -> tuple:
+def transforms(columns: int, dtype) -> tuple:
     """The layout in SMEM of a tile: the widest swizzle that divides its columns."""
     itemsize = jnp.dtype(dtype).itemsize
     swizzle = math.gcd(columns * itemsize, 128)
@@ -57,30 +62,6 @@ def _transforms(columns: int, dtype) -> tuple:
 
 def _transposed(ref):
     return ref.transpose((1, 0))
-
-
-def _whole_tiles(x):
-    """Pads the rows to a multiple of 8: the SMEM tiling is applied to GMEM as well."""
-    return x if x.shape[0] % 8 == 0 else jnp.pad(x, ((0, -x.shape[0] % 8), (0, 0)))
-
-
-def _row_and_column(tile, rows: int, columns: int, group: int):
-    """Place of a program: strips of ``group`` row tiles, each column by column."""
-    strip = lax.div(tile, jnp.int32(group * columns))
-    rest = tile - strip * (group * columns)
-    height = jnp.minimum(rows - strip * group, group)
-    return strip * group + lax.rem(rest, height), lax.div(rest, height)
-
-
-def _varying(out, operands):
-    """Gives ``out`` the operands' varying axes, inside shard_map.
-
-    ``plgpu.kernel`` forgets them, and a result that differs between devices would pass
-    as replicated.
-    """
-    axes = [jax.typeof(a).manual_axis_type.varying for a in operands]
-    missing = frozenset().union(*axes) - jax.typeof(out).manual_axis_type.varying
-    return lax.pcast(out, tuple(missing), to="varying") if missing else out
 
 
 def _call(operands, body, *, name, out_type, programs, config, interpret):
@@ -107,7 +88,7 @@ def _call(operands, body, *, name, out_type, programs, config, interpret):
         ),
         **kwargs,
     )
-    return _varying(kernel(*operands), operands)
+    return varying(kernel(*operands), operands)
 
 
 def _multiply(
@@ -159,7 +140,7 @@ def _multiply(
         pl.run_scoped(
             epilogue,
             plgpu.SMEM(
-                (rows, columns), out_dtype, transforms=_transforms(columns, out_dtype)
+                (rows, columns), out_dtype, transforms=transforms(columns, out_dtype)
             ),
         )
         return
@@ -205,7 +186,7 @@ def _multiply(
         plgpu.SMEM(
             (warpgroups, rows, wide),
             out_dtype,
-            transforms=_transforms(wide, out_dtype),
+            transforms=transforms(wide, out_dtype),
         ),
         collective_axes="warpgroup",
     )
@@ -238,7 +219,7 @@ def dsd(
         [m, tiles_out * side_out] of x's dtype.
     """
     rows = x.shape[0]
-    x = _whole_tiles(x)
+    x = whole_tiles(x)
     m = x.shape[0]
     slots, bk, bn = blocks.shape
     side_in, side_out = (bn, bk) if transpose else (bk, bn)
@@ -250,12 +231,12 @@ def dsd(
     parts = side_in // tile_k
     # Both operands of a wgmma need the same swizzle, which divides the contiguous side
     # of each: tile_k of x, and of a block side_out or, transposed, tile_k.
-    swizzled = _transforms(tile_k if transpose else math.gcd(tile_k, side_out), x.dtype)
+    swizzled = transforms(tile_k if transpose else math.gcd(tile_k, side_out), x.dtype)
 
     def body(x_gmem, blocks_gmem, *refs):
         order_gmem = None if order is None else refs[0]
         source_gmem, ptr_gmem, y_gmem = refs[-3:]
-        row, column = _row_and_column(
+        row, column = row_and_column(
             lax.axis_index("tile"), clusters, tiles_out, max(config.group // cluster, 1)
         )
         if cluster > 1:
@@ -375,14 +356,14 @@ def sdd(
     Returns:
         [slots, bk, bn] of ``dtype``, zeros at slots beyond the count.
     """
-    x, dy = _whole_tiles(x), _whole_tiles(dy)
+    x, dy = whole_tiles(x), whole_tiles(dy)
     m = x.shape[0]
     slots = rows.shape[0]
     bk, bn = block_shape
     tile_k, tile_rows = config.tile_k, config.tile_m
     parts = pl.cdiv(bk, tile_rows)
     # The same swizzle for both; its width divides every column that a copy starts at.
-    swizzled = _transforms(math.gcd(bk, bn, tile_rows), x.dtype)
+    swizzled = transforms(math.gcd(bk, bn, tile_rows), x.dtype)
 
     def body(x_gmem, dy_gmem, rows_gmem, cols_gmem, count_gmem, out_gmem):
         tile = lax.axis_index("tile")

@@ -448,7 +448,7 @@ def launch(body, operands, *, name, out_type, scratch, programs: int, interpret)
         ),
         **kwargs,
     )(*operands)
-    return _varying(out, operands)
+    return varying(out, operands)
 
 
 def places(tiles_gmem, count_gmem, columns: int, group: int):
@@ -547,7 +547,7 @@ def _clear_rows(ref, row, tile: Tile):
         part[...] = jnp.where(inside, part[...], jnp.zeros(shape, ref.dtype))
 
 
-def _varying(out, operands):
+def varying(out, operands):
     """Gives ``out`` the operands' varying axes, inside shard_map.
 
     ``plgpu.kernel`` forgets them, and a result that differs between devices would pass

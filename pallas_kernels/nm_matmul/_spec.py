@@ -1,10 +1,9 @@
 """What the condensed N:M kernels take, and their tile sizes. Pure Python on shapes.
 
-The TPU's file has these two functions, the GPU's the first without ``transpose``. w
-``[k, p]`` is the dense matrix that ``values [k * n / m, p]`` and ``words`` stand for:
-row ``g * n + j`` of values belongs in row ``g * m + place`` of w, and row r has its
-place in word ``r // per`` (per = 32 / ``index_bits(m)``) from bit ``index_bits(m) * (r
-% per)`` on.
+Every backend file has the same two functions. w ``[k, p]`` is the dense matrix that
+``values [k * n / m, p]`` and ``words`` stand for: row ``g * n + j`` of values belongs
+in row ``g * m + place`` of w, and row r has its place in word ``r // per`` (per = 32 /
+``index_bits(m)``) from bit ``index_bits(m) * (r % per)`` on.
 
 ``product(x, values, words, *, n, m, transpose, config, interpret)`` -> y
     x       [rows, k], or with ``transpose=True`` [rows, p]; rows >= 1
@@ -80,6 +79,7 @@ class Config:
     permute: TPU: x's columns are brought into the order in which tiles are expanded,
         or for the transposed product back from it.
     stages: GPU: depth of the copy pipeline.
+    splits: GPU: parts of p that "nm_transposed" sums up by themselves.
     """
 
     tile_m: int
@@ -88,6 +88,7 @@ class Config:
     vmem: int = 0
     permute: bool = False
     stages: int = 2
+    splits: int = 1
 
 
 # --- TPU: Pallas Mosaic -------------------------------------------------------------
@@ -186,28 +187,28 @@ _HOPPER_BARRIERS = 2_048
 HOPPER_UNITS = 64
 # Tiles of the dense matrix in SMEM at a time.
 HOPPER_TILES = 4
-# With more rows the dense product of the expanded matrix is what takes the time.
+# Rows of x times rows of a group whose sums, of 64 units, a program of "nm_transposed"
+# holds without spills, by ptxas.
+_HOPPER_SUMS = 192
+# With more rows the dense product is what takes the time.
 _HOPPER_ROWS = 256
 
 
 def check_mosaic_gpu(problem: Problem, chip: str | None) -> None:
-    """Raises NotImplementedError where the Hopper kernel does not serve the problem.
+    """Raises NotImplementedError where the Hopper kernels do not serve the problem.
 
     Args:
         problem: the product asked for.
         chip: "h100", "h200", another chip's name, or None where it is not known yet.
     """
     n, m = problem.n, problem.m
-    if problem.op != "nm":
-        raise NotImplementedError(
-            f"mosaic_gpu: op is {problem.op}, needs nm: the kernel has the forward "
-            "product alone"
-        )
     _chips.check_dtype("mosaic_gpu", problem)
+    sampled = problem.op == "nm_sampled"
+    _chips.check_out_dtype("mosaic_gpu", problem, sampled=sampled)
     if not 1 <= problem.rows <= _HOPPER_ROWS:
         raise NotImplementedError(
             f"mosaic_gpu: rows is {problem.rows}, needs 1 to {_HOPPER_ROWS}: with "
-            "more, one dense product of the expanded weight costs less"
+            "more, one dense product by XLA costs less"
         )
     # Larger ones spill registers, or do not fit shared memory.
     if n > 2 or m > 8:
@@ -227,14 +228,27 @@ def check_mosaic_gpu(problem: Problem, chip: str | None) -> None:
 
 
 def config_mosaic_gpu(problem: Problem, chip: str | None) -> Config:
-    """Picks the tiles of the Hopper kernel.
+    """Picks the tiles of the Hopper kernels.
 
-    By reasoning, not yet by measurement: the smallest tile that wgmma and the widest
-    swizzle take, so that a narrow matrix gives every multiprocessor a column tile.
+    By reasoning, not yet by measurement: the smallest tiles that wgmma and the widest
+    swizzle take, so that a narrow matrix gives every multiprocessor a tile. Those of
+    "nm_transposed" are 64 units high, and there are few: p is split for the rest.
     """
-    del chip
     n, m = problem.n, problem.m
     tile = HOPPER_UNITS * 64 * 2
-    fixed = min(m, HOPPER_TILES) * tile + 2 * HOPPER_UNITS * 64 * 4 + _HOPPER_BARRIERS
-    stages = min(4, (_chips.HOPPER_SMEM - fixed) // ((n + m) * tile))
-    return Config(tile_m=64, units=HOPPER_UNITS, tile_p=64, stages=stages)
+    words, dense = 2 * tile, min(m, HOPPER_TILES) * tile
+    tile_m, splits = 64, 1
+    if problem.op == "nm":
+        fixed, stage = dense + 2 * words, (n + m) * tile
+    elif problem.op == "nm_sampled":
+        kept = n * words if m > HOPPER_TILES else 0
+        fixed, stage = words + kept, dense + tile
+    else:
+        tile_m = min(_HOPPER_SUMS // m // 16 * 16, 64, -(-problem.rows // 16) * 16)
+        side_v, _, side_w = unit(n, m)
+        tiles = -(-problem.rows // tile_m) * -(-problem.k // (HOPPER_UNITS * side_w))
+        programs = _chips.hopper_multiprocessors(chip)
+        splits = min(programs // (tiles * (side_v // n)), problem.p // 64)
+        fixed, stage = dense, words + n * tile + tile_m * 64 * 2
+    stages = min(4, (_chips.HOPPER_SMEM - _HOPPER_BARRIERS - fixed) // stage)
+    return Config(tile_m, HOPPER_UNITS, 64, stages=stages, splits=max(1, splits))

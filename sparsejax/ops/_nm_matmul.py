@@ -48,8 +48,7 @@ def nm_matmul(
         ``values`` comes out of those sums unrounded: keep float32 master values and
         pass ``dtype=jnp.bfloat16``.
       implementation: "xla", "mosaic_tpu" or "mosaic_gpu"; None chooses and always
-        works. A named implementation never falls back: "mosaic_gpu" has the forward
-        product alone, so to differentiate leave the choice to None.
+        works. A named implementation never falls back.
 
     Returns:
       y ``[..., p]``.
@@ -201,34 +200,46 @@ def _run_tpu(problem, chip, interpret, x, other, words):
     from pallas_kernels.nm_matmul import mosaic_tpu
 
     config = _spec.config_mosaic_tpu(problem, chip)
-    how = dict(n=problem.n, m=problem.m, config=config, interpret=interpret)
-    if problem.op == "nm_sampled":
-        out = jnp.dtype(problem.out_dtype)
-        return mosaic_tpu.sampled(x, other, words, dtype=out, **how)
-    transpose = problem.op == "nm_transposed"
-    return mosaic_tpu.product(x, other, words, transpose=transpose, **how)
+    return _run_kernels(mosaic_tpu, config, problem, interpret, x, other, words)
 
 
-def _run_gpu(problem, chip, interpret, x, values, words):
+def _run_gpu(problem, chip, interpret, x, other, words):
     from pallas_kernels.nm_matmul import mosaic_gpu
 
     config = _spec.config_mosaic_gpu(problem, chip)
+    return _run_kernels(mosaic_gpu, config, problem, interpret, x, other, words)
+
+
+def _run_kernels(kernels, config, problem, interpret, x, other, words):
     how = dict(n=problem.n, m=problem.m, config=config, interpret=interpret)
-    return mosaic_gpu.product(x, values, words, **how)
-
-
-def _note_kernel(problem):
     if problem.op == "nm_sampled":
-        return "the dense product on chip, of which the kept entries are written"
+        out = jnp.dtype(problem.out_dtype)
+        return kernels.sampled(x, other, words, dtype=out, **how)
+    transpose = problem.op == "nm_transposed"
+    return kernels.product(x, other, words, transpose=transpose, **how)
+
+
+_SAMPLED_ON_CHIP = "the dense product on chip, of which the kept entries are written"
+
+
+def _note_tpu(problem):
+    if problem.op == "nm_sampled":
+        return _SAMPLED_ON_CHIP
     if problem.rows <= 256 and 4 * problem.n <= problem.m:
         return "expanded on chip; by the compiler's schedule faster than dense"
     return "expanded on chip; holds no dense weight, dense would be as fast or faster"
 
 
+def _note_gpu(problem):
+    how = "expanded on chip; holds no dense weight"
+    how = _SAMPLED_ON_CHIP if problem.op == "nm_sampled" else how
+    return f"{how}; not yet measured against dense"
+
+
 NM_MATMUL = {
     "xla": Implementation("xla", None, _anything, _run_xla, note=_note_xla),
     "mosaic_tpu": Implementation(
-        "mosaic_tpu", "tpu", _spec.check_mosaic_tpu, _run_tpu, note=_note_kernel
+        "mosaic_tpu", "tpu", _spec.check_mosaic_tpu, _run_tpu, note=_note_tpu
     ),
     # Hopper only: not offered to a GPU of which nothing is known.
     "mosaic_gpu": Implementation(
@@ -237,6 +248,6 @@ NM_MATMUL = {
         _spec.check_mosaic_gpu,
         _run_gpu,
         needs_chip=True,
-        note=_note_kernel,
+        note=_note_gpu,
     ),
 }
