@@ -4,6 +4,12 @@ Signatures name their arguments' axes but bind none of them (``_k``): each opera
 checks its shapes itself, so that a user without a type checker gets the same error.
 """
 
+from sparsejax.ops._block_sparse_attention import (
+    block_sparse_attention as block_sparse_attention,
+)
+from sparsejax.ops._block_sparse_attention import (
+    block_sparse_attention_reference as block_sparse_attention_reference,
+)
 from sparsejax.ops._block_sparse_matmul import (
     block_sparse_matmul as block_sparse_matmul,
 )
@@ -44,6 +50,7 @@ from sparsejax.ops._kronecker_sparse_matmul import (
 from sparsejax.ops._long_conv import long_conv as long_conv
 from sparsejax.ops._long_conv import long_conv_reference as long_conv_reference
 from sparsejax.ops._masked_matmul import masked_matmul as masked_matmul
+from sparsejax.ops._merge_attention import merge_attention as merge_attention
 from sparsejax.ops._moe_mlp import moe_mlp as moe_mlp
 from sparsejax.ops._moe_mlp import moe_mlp_reference as moe_mlp_reference
 from sparsejax.ops._monarch_matmul import monarch_matmul as monarch_matmul
@@ -54,6 +61,8 @@ from sparsejax.ops._nm_matmul import nm_matmul as nm_matmul
 from sparsejax.ops._nm_matmul import nm_matmul_reference as nm_matmul_reference
 
 __all__ = [
+    "block_sparse_attention",
+    "block_sparse_attention_reference",
     "block_sparse_matmul",
     "block_sparse_matmul_reference",
     "butterfly_matmul",
@@ -68,6 +77,7 @@ __all__ = [
     "long_conv",
     "long_conv_reference",
     "masked_matmul",
+    "merge_attention",
     "moe_mlp",
     "moe_mlp_reference",
     "monarch_matmul",
