@@ -170,7 +170,7 @@ class BlockMask:
 
     def to_blocks(self) -> Bool[Array, "b h nq nk"]:
         """Boolean ``[b|1, h|1, nq, nk]``, True where a block is listed."""
-        return self._spread(self._valid())
+        return jnp.asarray(self._spread(self._valid()))
 
     def to_mask(self) -> Bool[Array, "..."]:
         """The mask in full; for tests and pictures, it is quadratic.
@@ -182,37 +182,40 @@ class BlockMask:
         (t, s), (bq, bk) = self.shape, self.block_shape
 
         def stretched(blocks):
-            blocks = jnp.repeat(jnp.repeat(blocks, bq, axis=-2), bk, axis=-1)
-            return blocks[..., :t, :s]
+            return blocks.repeat(bq, axis=-2).repeat(bk, axis=-1)[..., :t, :s]
 
-        mask = stretched(self.to_blocks())
+        valid = self._valid()
+        mask = stretched(self._spread(valid))
         if self.expr is not None:
-            full = stretched(self._spread(self._valid() & self.kv_full))
+            full = stretched(self._spread(valid & host(self.kv_full)))
             mask = mask & (full | elements(*gather(self.expr, t, s)))
-        return mask[0, 0] if mask.shape[:2] == (1, 1) else mask
+        return jnp.asarray(mask[0, 0] if mask.shape[:2] == (1, 1) else mask)
 
     def transposed(self) -> TransposedLists:
         """The lists by key block. One sort of nq * capacity numbers; may be traced."""
         nk = self.grid[1]
         lead = self.kv_idx.shape[:2]
         # Padding sorts behind every key block.
-        key = jnp.where(self._valid(), self.kv_idx, nk).reshape(*lead, -1)
+        key = jnp.where(self._valid(), self.kv_idx, jnp.int32(nk)).reshape(*lead, -1)
         # Stable, so the query blocks of a key block stay in order.
         slot = jnp.argsort(key, axis=-1, stable=True).astype(jnp.int32)
         full = jnp.take_along_axis(self.kv_full.reshape(key.shape), slot, axis=-1)
         return TransposedLists(slot // self.capacity, full, _pointers(key, nk), slot)
 
-    def _valid(self) -> Array:
-        return jnp.arange(self.capacity, dtype=jnp.int32) < self.kv_cnt[..., None]
+    def _valid(self) -> Any:
+        return np.arange(self.capacity, dtype=np.int32) < host(self.kv_cnt)[..., None]
 
-    def _spread(self, flags: Array) -> Array:
+    def _spread(self, flags: Any) -> Any:
         """Flags of the places in the lists, as ``[b|1, h|1, nq, nk]``."""
-        nk = self.grid[1]
-        where = jnp.where(flags, self.kv_idx, nk).reshape(-1, self.capacity)
-        rows = jnp.arange(where.shape[0], dtype=jnp.int32)[:, None]
-        blocks = jnp.zeros((where.shape[0], nk), bool)
-        blocks = blocks.at[rows, where].set(True, mode="drop")
-        return blocks.reshape(*flags.shape[:-1], nk)
+        nk, xp = self.grid[1], space(flags)
+        # One column more, for what is not to be seen.
+        where = xp.where(flags, host(self.kv_idx), np.int32(nk))
+        blocks = xp.zeros((*flags.shape[:-1], nk + 1), bool)
+        if xp is np:
+            np.put_along_axis(blocks, where, True, -1)
+        else:
+            blocks = jnp.put_along_axis(blocks, where, True, -1, inplace=False)
+        return blocks[..., :nk]
 
 
 def block_mask(

@@ -17,10 +17,11 @@ from sparsejax.attention._lowering import (
     along,
     host,
     pick,
+    space,
     value,
 )
 
-_STATIC = {"static": True}
+STATIC = {"static": True}
 
 
 def _is_static(field: Any) -> bool:
@@ -110,7 +111,9 @@ class Expression:
           >>> at.causal().shift(2).to_mask(1, 4)
           Array([[ True,  True,  True, False]], dtype=bool)
         """
-        return _Shift(self, _number("queries", queries), _number("keys", keys))
+        return _Shift(
+            self, checked_number("queries", queries), checked_number("keys", keys)
+        )
 
     def lower(self, t: int, s: int) -> Lowered:
         """What a kernel needs: a predicate of elements, and its operands.
@@ -160,7 +163,7 @@ class Expression:
                  [0, 1, 1]], dtype=int32)
         """
         mask = elements(*gather(self, t, s))
-        return mask[0, 0] if mask.shape[:2] == (1, 1) else mask
+        return jnp.asarray(mask[0, 0] if mask.shape[:2] == (1, 1) else mask)
 
     def _lower(self, at: View) -> pred.Condition:
         """The condition, its operands added to the view's."""
@@ -175,8 +178,8 @@ def gather(expr: Expression, t: int, s: int) -> tuple[pred.Condition, Gathered]:
     return expr._lower(View(found)), found
 
 
-def elements(condition: pred.Condition, found: Gathered) -> Bool[Array, "b h t s"]:
-    """Whether each element is allowed."""
+def elements(condition: pred.Condition, found: Gathered) -> Any:
+    """Whether each element is allowed, bool ``[b|1, h|1, t, s]``."""
     mask = condition(
         np.arange(found.t, dtype=np.int32)[:, None],
         np.arange(found.s, dtype=np.int32)[None],
@@ -186,13 +189,13 @@ def elements(condition: pred.Condition, found: Gathered) -> Bool[Array, "b h t s
         found.dense,
     )
     shape = np.broadcast_shapes((1, found.heads, found.t, found.s), mask.shape)
-    return jnp.broadcast_to(mask, shape)
+    return space(mask).broadcast_to(mask, shape)
 
 
-_expression = dataclasses.dataclass(frozen=True, eq=False)
+expression = dataclasses.dataclass(frozen=True, eq=False)
 
 
-@_expression
+@expression
 class _And(Expression):
     left: Expression
     right: Expression
@@ -204,7 +207,7 @@ class _And(Expression):
         return left if isinstance(right, pred.Always) else pred.Both(left, right)
 
 
-@_expression
+@expression
 class _Or(Expression):
     left: Expression
     right: Expression
@@ -216,7 +219,7 @@ class _Or(Expression):
         return right if isinstance(right, pred.Always) else pred.Either(left, right)
 
 
-@_expression
+@expression
 class _Not(Expression):
     inner: Expression
 
@@ -224,7 +227,7 @@ class _Not(Expression):
         return pred.Not(self.inner._lower(at))
 
 
-@_expression
+@expression
 class _Shift(Expression):
     inner: Expression
     queries: Number
@@ -238,14 +241,14 @@ class _Shift(Expression):
         return self.inner._lower(seen)
 
 
-@_expression
+@expression
 class _Everything(Expression):
     def _lower(self, at):
         return pred.Always()
 
 
-@_expression
-class _Window(Expression):
+@expression
+class Window(Expression):
     """-ahead < i - j < behind; None is without end."""
 
     behind: Number | None
@@ -266,20 +269,7 @@ class _Window(Expression):
         return at.number(bound, at.queries, at.keys, width)
 
 
-@_expression
-class _Below(Expression):
-    """Queries, or keys, of a position below a number."""
-
-    axis: str = dataclasses.field(metadata=_STATIC)
-    count: Number
-
-    def _lower(self, at):
-        shift = at.queries if self.axis == "i" else at.keys
-        bound = at.number(value(self.count) - shift, shift, self.count)
-        return pred.Less(self.axis, bound)
-
-
-@_expression
+@expression
 class _Segments(Expression):
     query_ids: Any
     key_ids: Any  # None: the queries' own
@@ -293,7 +283,7 @@ class _Segments(Expression):
         return pred.Equal(at.row(query_ids, None), at.col(key_ids, None))
 
 
-@_expression
+@expression
 class _Array(Expression):
     mask: Any
 
@@ -323,7 +313,7 @@ def causal() -> Expression:
       Array([[1, 0, 0],
              [1, 1, 0]], dtype=int32)
     """
-    return _Window(None, 1)
+    return Window(None, 1)
 
 
 def sliding_window(w: Any, ahead: Any = None) -> Expression:
@@ -341,8 +331,10 @@ def sliding_window(w: Any, ahead: Any = None) -> Expression:
     Raises:
       ValueError: A width is below 1.
     """
-    behind = _number("w", w, least=1)
-    return _Window(behind, behind if ahead is None else _number("ahead", ahead, 1))
+    behind = checked_number("w", w, least=1)
+    return Window(
+        behind, behind if ahead is None else checked_number("ahead", ahead, 1)
+    )
 
 
 def segments(
@@ -424,7 +416,7 @@ def _reduced(mask: Any, block_shape: tuple[int, int]) -> tuple[Any, Any]:
     return found[0], found[1]
 
 
-def _number(name: str, given: Any, least: int | None = None) -> Number:
+def checked_number(name: str, given: Any, least: int | None = None) -> Number:
     """Checks a number: an int, or int32 ``[]``, ``[b]`` or ``[b|1, h|1]``."""
     if isinstance(given, int | np.integer) and not isinstance(given, bool):
         given = int(given)
