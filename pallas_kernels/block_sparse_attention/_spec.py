@@ -38,8 +38,8 @@ block_bias, config, interpret)`` -> (dk, dv)
                blocks by key block: key block j has entries ptr[j] .. ptr[j + 1]; slot
                is each one's place in the lists [nq * capacity], by which block_bias is
                asked
-    dk, dv     like k and v: dk = scale * sum over i of dz q,  dv = sum over i of p dout,
-               over all query heads of a key head
+    dk, dv     like k and v, over all query heads of a key head:
+               dk = scale * sum over i of dz q,  dv = sum over i of p dout
 
 Sums are float32; p and dz are rounded to the arrays' dtype before they are multiplied.
 """
@@ -116,6 +116,8 @@ class Config:
     rows: rows of a tile that go through the inner step at a time.
     vmem: TPU: bytes that the kernel may take of VMEM.
     stages: GPU: depth of the copy pipeline.
+    tile: GPU: positions that one step meets, of a listed block.
+    warpgroups: GPU: warpgroups that compute, 64 rows each.
     """
 
     keys: int
@@ -126,6 +128,8 @@ class Config:
     rows: int = 128
     vmem: int = 0
     stages: int = 2
+    tile: int = 64
+    warpgroups: int = 1
 
 
 # --- TPU: Pallas Mosaic -------------------------------------------------------------
@@ -138,9 +142,11 @@ TPU_LANES = 128
 TPU_ROWS = 32
 # What the compiler keeps in VMEM beside the buffers asked for: spills, constants.
 TPU_SLACK = 2 * 2**20
-# Keys that one inner step takes at most, and rows that a program holds.
+# Rows that one inner step brings at most, that a program holds, and that go through an
+# inner step at a time: by the compiler's schedules for v5e, taller ones gain nothing.
 _TPU_KEYS = 512
 _TPU_TILE = 1024
+_TPU_CHUNK = 512
 # Bytes of SMEM that a program's lists may take.
 _TPU_SMEM = 256 * 2**10
 
@@ -191,7 +197,7 @@ def check_mosaic_tpu(problem: Problem, chip: str | None) -> None:
     needed, room = config_mosaic_tpu(problem, chip).vmem, TPU_VMEM[chip] * 2**20
     if needed > room:
         raise NotImplementedError(
-            f"mosaic_tpu: blocks of {problem.block_q}x{problem.block_k} with head sizes "
+            f"mosaic_tpu: blocks of {problem.block_q}x{problem.block_k}, head sizes "
             f"{problem.d} and {problem.dv} need {needed} bytes of VMEM, "
             f"{chip or 'the smallest chip'} has {room}: smaller blocks"
         )
@@ -204,16 +210,22 @@ def config_mosaic_tpu(problem: Problem, chip: str | None) -> Config:
     share = problem.h // math.lcm(problem.h_kv, problem.mask_h)
     heads = [g for g in range(max(share, 1), 0, -1) if share % g == 0] or [1]
     heads = [g for g in heads if g * problem.block_q <= _TPU_TILE] or [1]
-    most = max(1, min(_TPU_KEYS // problem.block_k, problem.capacity))
     if problem.op == "backward_kv":
-        most = 1
-    config = Config(problem.s, problem.block_q, problem.block_k)
+        rows, listed = problem.block_q, -(-problem.t // problem.block_q)
+    else:
+        rows, listed = problem.block_k, problem.capacity
+    config = Config(
+        problem.s,
+        problem.block_q,
+        problem.block_k,
+        rows=_TPU_CHUNK if problem.op == "forward" else _TPU_CHUNK // 2,
+    )
     for group in heads:
-        for unroll in range(most, 0, -1):
+        wide = rows * group if problem.op == "backward_kv" else rows
+        for unroll in range(max(1, min(_TPU_KEYS // wide, listed)), 0, -1):
             config = dataclasses.replace(config, group=group, unroll=unroll)
-            vmem = vmem_mosaic_tpu(problem, config)
-            config = dataclasses.replace(config, vmem=vmem)
-            if vmem <= room:
+            config = dataclasses.replace(config, vmem=vmem_mosaic_tpu(problem, config))
+            if config.vmem <= room:
                 return config
     return config
 
@@ -223,26 +235,39 @@ def vmem_mosaic_tpu(problem: Problem, config: Config) -> int:
     item = 2 if problem.dtype == "bfloat16" else 4
     wide = lambda size: -(-size // TPU_LANES) * TPU_LANES
     d, dv = wide(problem.d), wide(problem.dv)
-    rows = config.group * -(-problem.block_q // TPU_ROWS) * TPU_ROWS
-    keys = config.unroll * problem.block_k
-    # Two buffers of each tile, the sums, what is replicated over lanes, the logits.
-    line = 8 * 4 * (1 + max(problem.rows, problem.cols))
-    elements = (problem.rows + 2) * rows * TPU_LANES * 4
-    elements += 2 * problem.dense * rows * keys + 2 * keys * line
-    logits = 3 * rows * keys * 4
-    if problem.op == "forward":
-        tiles = 2 * rows * (d + dv) + 2 * keys * (d + dv)
-        sums = rows * (dv + 2 * TPU_LANES)
-    elif problem.op == "backward_q":
-        tiles = 2 * rows * (2 * d + dv) + 2 * keys * (d + dv)
-        sums = rows * (d + 2 * TPU_LANES)
+    rows = -(-config.group * problem.block_q // TPU_ROWS) * TPU_ROWS
+    keys = problem.block_k
+    # A line of numbers takes eight sublanes; a column of them, all lanes.
+    line, column = 32 * 2, TPU_LANES * 4
+    if problem.op == "backward_kv":
+        rows *= config.unroll
+        tiles, sums = 2 * rows * (d + dv) + 4 * keys * (d + dv), keys * (d + dv)
+        elements = rows * (3 + problem.rows) * line
+        elements += keys * problem.cols * (line + column)
+        height, width = min(config.rows, keys), rows
     else:
-        tiles = 2 * keys * 2 * (d + dv) + 2 * rows * (d + dv)
-        sums = keys * (d + dv + problem.cols * TPU_LANES)
+        keys *= config.unroll
+        tiles, sums = 2 * (rows + keys) * (d + dv), rows * (dv + 2 * TPU_LANES)
+        lines = 1 + problem.rows
+        if problem.op == "backward_q":
+            tiles, sums = tiles + 2 * rows * d, rows * d
+            lines += 2
+        elements = keys * problem.cols * line + rows * lines * (line + column)
+        height, width = min(config.rows, rows), keys
+    elements += 2 * problem.dense * rows * keys
+    # What of a part's logits the compiler keeps in VMEM between products.
+    logits = 4 * height * width * 4
     return tiles * item + 4 * sums + elements + logits + TPU_SLACK
 
 
 # --- GPU: Pallas Mosaic, Hopper -----------------------------------------------------
+
+# Rows of a warpgroup: what one wgmma takes.
+HOPPER_ROWS = 64
+# Shared memory that one program can ask for, and what its barriers and the alignment of
+# its buffers may take of it.
+_HOPPER_SMEM = 232_448
+_HOPPER_BARRIERS = 4_096
 
 
 def check_mosaic_gpu(problem: Problem, chip: str | None) -> None:
@@ -252,9 +277,62 @@ def check_mosaic_gpu(problem: Problem, chip: str | None) -> None:
         problem: the attention asked for.
         chip: "h100", "h200", another chip's name, or None where it is not known yet.
     """
-    raise NotImplementedError(f"mosaic_gpu: there is no kernel for {problem.op} yet")
+    if chip not in (None, "h100", "h200"):
+        raise NotImplementedError(
+            f"mosaic_gpu: chip is {chip}, needs a Hopper GPU (h100, h200)"
+        )
+    if problem.op != "forward":
+        raise NotImplementedError(f"mosaic_gpu: op is {problem.op}, needs forward")
+    if problem.dtype not in ("bfloat16", "float16"):
+        raise NotImplementedError(
+            f"mosaic_gpu: dtype is {problem.dtype}, needs bfloat16 or float16"
+        )
+    for name in ("b", "h", "h_kv", "t", "s", "capacity"):
+        if getattr(problem, name) < 1:
+            raise NotImplementedError(
+                f"mosaic_gpu: {name} is {getattr(problem, name)}, needs at least 1"
+            )
+    for name in ("block_q", "block_k"):
+        side = getattr(problem, name)
+        if side % HOPPER_ROWS or side < HOPPER_ROWS:
+            raise NotImplementedError(
+                f"mosaic_gpu: {name} is {side}, needs a multiple of {HOPPER_ROWS}"
+            )
+    for name in ("d", "dv"):
+        size = getattr(problem, name)
+        if size % 64 or not 64 <= size <= 256:
+            raise NotImplementedError(
+                f"mosaic_gpu: {name} is {size}, needs a multiple of 64 from 64 to 256"
+            )
+    if problem.dense:
+        raise NotImplementedError(f"mosaic_gpu: dense is {problem.dense}, needs 0")
 
 
 def config_mosaic_gpu(problem: Problem, chip: str | None) -> Config:
-    """Picks the tiles of the Hopper kernels."""
-    raise NotImplementedError(f"mosaic_gpu: there is no kernel for {problem.op} yet")
+    """Picks the tiles of the Hopper kernels; h100 and h200 differ in memory only."""
+    del chip
+    across = 2 if problem.block_q % (2 * HOPPER_ROWS) == 0 else 1
+    share = problem.h // math.lcm(problem.h_kv, problem.mask_h)
+    group = 2 if across == 1 and share % 2 == 0 else 1
+    config = Config(
+        problem.s,
+        problem.block_q,
+        problem.block_k,
+        group=group,
+        warpgroups=across * group,
+    )
+    wide = problem.block_k % 128 == 0 and max(problem.d, problem.dv) <= 128
+    config = dataclasses.replace(config, tile=128 if wide else 64)
+    while smem_mosaic_gpu(problem, config) <= _HOPPER_SMEM and config.stages < 4:
+        config = dataclasses.replace(config, stages=config.stages + 1)
+    if smem_mosaic_gpu(problem, config) > _HOPPER_SMEM:
+        config = dataclasses.replace(config, stages=config.stages - 1)
+    return config
+
+
+def smem_mosaic_gpu(problem: Problem, config: Config) -> int:
+    """Bytes of shared memory that a program takes."""
+    d, dv, rows = problem.d, problem.dv, config.warpgroups * HOPPER_ROWS
+    home = rows * (2 * d + 2 * dv * (d != dv) + 4 + 4 * problem.rows)
+    stage = config.tile * (2 * (d + dv) + 4 * problem.cols * config.group)
+    return _HOPPER_BARRIERS + home + config.stages * stage

@@ -1,0 +1,1082 @@
+"""Attention over listed blocks on TPU: Pallas Mosaic, flash-style.
+
+Memory plan of forward and backward_q. Grid (batch, heads, query blocks, 1): a program
+holds a tile of queries, of ``config.group`` heads that share a list and keys, and the
+float32 sums. Keys and values stay in HBM; a loop with a traced trip count, the list's
+own, copies the listed blocks of both, ``config.unroll`` to a step, into one of two
+buffers while the other one is at work. The last step starts the copies of the next
+program's first one. The list is a row in SMEM, brought by the pipeline together with
+the next program's row, so that neither its length nor the number of heads is bounded by
+SMEM. Slots beyond the count are never read.
+
+backward_kv. Grid (batch, key heads, key blocks, list heads of a key head): a program
+holds a tile of keys and values and the float32 sums of both gradients, and brings tiles
+of queries, their gradients, log-sums and deltas by the transposed lists. Heads that
+share a list come as one tile; the others take turns at the same sums. The products are
+transposed: a row is a key's, so that what belongs to a query lies along the lanes.
+
+Elements. A step whose blocks are all full asks no predicate. Otherwise the predicate is
+asked for 128 keys (in backward_kv queries) at a time: a number for each row of the tile
+is spread over the lanes once per program, keys' numbers are copied with their blocks,
+dense operands too, a byte for each element. Entries that fill the last step up, and
+keys beyond the true length, are forbidden the same way.
+
+Exponents. The running maximum, and in the backward kernels the log-sum, is subtracted
+from the products before they are scaled, where there is no cap and no bias: one
+multiplication by scale * log2(e). Sums over keys stay one per lane until the end. A
+forbidden logit is so low that its exponential is 0 beside any maximum a row may have.
+
+Blocks of few rows (decoding) are folded: a group's rows become one tile, with padding.
+
+Dtypes: bfloat16 and float32; sums, maxima and exponentials are float32. Products of
+float32 go at the precision of ``jax.default_matmul_precision``, as those of XLA do.
+Chips: compiled for v4, v5e, v5p, v6e and tpu7x, jax 0.10.2. Not yet run on a TPU. By
+the compiler's schedule for v5e, bfloat16, head size 128, blocks of 512 x 512, wholly
+allowed: 0.84 of the matrix peak forward, 0.98 and 0.98 backward (jax's splash attention
+at the same tiles: 0.51).
+"""
+
+import dataclasses
+import functools
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+from jax import lax
+from jax import numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.block_sparse_attention._spec import (
+    TPU_LANES,
+    TPU_ROWS,
+    Config,
+    Elements,
+)
+from pallas_kernels.grouped_matmul.mosaic_tpu import dot, out_shape
+
+_LOG2E = math.log2(math.e)
+# A forbidden logit, and the least maximum of a row: exp(forbidden - least) is 0.
+_FORBIDDEN = -3e38
+_LEAST = -1e30
+# Dimensions contracted: rows with columns, or the last ones of both.
+_NN, _NT = (1, 0), (1, 1)
+
+
+def forward(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    lists: tuple[jax.Array, jax.Array, jax.Array],
+    elements: Elements,
+    *,
+    scale: float,
+    soft_cap: float | None = None,
+    block_bias: jax.Array | None = None,
+    page_table: jax.Array | None = None,
+    config: Config,
+    interpret=False,
+) -> tuple[jax.Array, jax.Array]:
+    """Output and log-sum-exp; the contract is in ``_spec``.
+
+    Args:
+        q: ``[b, h, t, d]``.
+        k: ``[b, h_kv, s, d]``, or pages ``[pages, h_kv, block_k, d]``.
+        v: ``[b, h_kv, s, dv]``, or pages.
+        lists: kv_idx, kv_cnt, kv_full.
+        elements: the predicate and its operands.
+        scale: of the products.
+        soft_cap: bound of the logits, or None.
+        block_bias: float32, or None.
+        page_table: int32 ``[b, nk]``, or None.
+        config: tile sizes.
+        interpret: True or ``pltpu.InterpretParams()`` to run without a TPU.
+
+    Returns:
+        ``[b, h, t, dv]`` of q's dtype and float32 ``[b, h, t]``.
+    """
+    tiles = _tiles(q, k, lists[1], elements, block_bias, config, config.group)
+    (group, rows), dv = tiles.shape, v.shape[3]
+    logits = _Logits(scale, soft_cap, block_bias is not None)
+    inputs, streams = _of_queries(
+        tiles, k, v, lists, elements, block_bias, page_table, config.block_k
+    )
+    inputs.tile(tiles.tile(q))
+    for a in tiles.positions(elements):
+        inputs.vmem("lines", a)
+    kernel = functools.partial(
+        _forward_kernel,
+        logits=logits,
+        widen=bool(interpret),
+    )
+    line = (tiles.b, tiles.heads, tiles.blocks, 1, group * rows)
+    out, lse = inputs.call(
+        kernel,
+        streams,
+        grid=(*line[:3], 1),
+        out_specs=[
+            inputs.tile_spec(dv),
+            pl.BlockSpec((None, None, None, *line[3:]), inputs.own),
+        ],
+        out_shape=[
+            out_shape((*line[:2], group, tiles.blocks * rows, dv), q.dtype, q, k, v),
+            out_shape(line, jnp.float32, q, k, v),
+        ],
+        sums=[
+            pltpu.VMEM((group, rows, TPU_LANES), jnp.float32),
+            pltpu.VMEM((group, rows, TPU_LANES), jnp.float32),
+            pltpu.VMEM((group, rows, dv), jnp.float32),
+        ],
+        config=config,
+        interpret=interpret,
+        name="block_sparse_attention_forward",
+    )
+    return tiles.untile(out), tiles.unline(lse)
+
+
+def backward_q(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    dout: jax.Array,
+    lse: jax.Array,
+    delta: jax.Array,
+    lists: tuple[jax.Array, jax.Array, jax.Array],
+    elements: Elements,
+    *,
+    scale: float,
+    soft_cap: float | None = None,
+    block_bias: jax.Array | None = None,
+    config: Config,
+    interpret=False,
+):
+    """The gradient of q, and of the bias; the contract is in ``_spec``.
+
+    Args:
+        q: ``[b, h, t, d]``.
+        k: ``[b, h_kv, s, d]``.
+        v: ``[b, h_kv, s, dv]``.
+        dout: ``[b, h, t, dv]``.
+        lse: float32 ``[b, h, t]``.
+        delta: float32 ``[b, h, t]``.
+        lists: kv_idx, kv_cnt, kv_full.
+        elements: the predicate and its operands.
+        scale: of the products.
+        soft_cap: bound of the logits, or None.
+        block_bias: float32, or None.
+        config: tile sizes.
+        interpret: True or ``pltpu.InterpretParams()`` to run without a TPU.
+
+    Returns:
+        ``[b, h, t, d]`` of q's dtype; with block_bias also float32
+        ``[bias's b, h, nq, capacity]``.
+    """
+    # A block's sum is one head's.
+    group = config.group if block_bias is None else 1
+    tiles = _tiles(q, k, lists[1], elements, block_bias, config, group)
+    (group, rows), d = tiles.shape, q.shape[3]
+    logits = _Logits(scale, soft_cap, block_bias is not None)
+    inputs, streams = _of_queries(
+        tiles, k, v, lists, elements, block_bias, None, config.block_k
+    )
+    for a in (q, dout):
+        inputs.tile(tiles.tile(a))
+    for a in (_threshold(lse, logits), delta):
+        inputs.vmem("lines", tiles.line(a))
+    for a in tiles.positions(elements):
+        inputs.vmem("lines", a)
+    kernel = functools.partial(
+        _backward_q_kernel,
+        logits=logits,
+        scale=scale,
+        widen=bool(interpret),
+    )
+    grid = (tiles.b, tiles.heads, tiles.blocks, 1)
+    shape = (*grid[:2], group, tiles.blocks * rows, d)
+    out_specs = [inputs.tile_spec(d)]
+    shapes = [out_shape(shape, q.dtype, q, k, v, dout)]
+    if block_bias is not None:
+        block = (1, lists[0].shape[3])
+        out_specs.append(
+            pl.BlockSpec(
+                (None, None, None, *block), inputs.own, memory_space=pltpu.SMEM
+            )
+        )
+        shapes.append(out_shape((*grid[:3], *block), jnp.float32, q, k, v, dout))
+    dq, *dbias = inputs.call(
+        kernel,
+        streams,
+        grid=grid,
+        out_specs=out_specs,
+        out_shape=shapes,
+        sums=[pltpu.VMEM((group, rows, d), jnp.float32)],
+        config=config,
+        interpret=interpret,
+        name="block_sparse_attention_backward_q",
+    )
+    dq = tiles.untile(dq)
+    if block_bias is None:
+        return dq
+    dbias = dbias[0][:, :, :, 0]
+    if block_bias.shape[0] == 1:
+        dbias = jnp.sum(dbias, axis=0, keepdims=True)
+    return dq, dbias
+
+
+def backward_kv(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    dout: jax.Array,
+    lse: jax.Array,
+    delta: jax.Array,
+    transposed: tuple[jax.Array, jax.Array, jax.Array, jax.Array],
+    elements: Elements,
+    *,
+    scale: float,
+    soft_cap: float | None = None,
+    block_bias: jax.Array | None = None,
+    config: Config,
+    interpret=False,
+) -> tuple[jax.Array, jax.Array]:
+    """The gradients of k and v; the contract is in ``_spec``.
+
+    Args:
+        q: ``[b, h, t, d]``.
+        k: ``[b, h_kv, s, d]``.
+        v: ``[b, h_kv, s, dv]``.
+        dout: ``[b, h, t, dv]``.
+        lse: float32 ``[b, h, t]``.
+        delta: float32 ``[b, h, t]``.
+        transposed: q_idx, q_full, ptr, slot.
+        elements: the predicate and its operands.
+        scale: of the products.
+        soft_cap: bound of the logits, or None.
+        block_bias: float32, or None.
+        config: tile sizes.
+        interpret: True or ``pltpu.InterpretParams()`` to run without a TPU.
+
+    Returns:
+        ``[b, h_kv, s, d]`` and ``[b, h_kv, s, dv]``, dtypes of k and v.
+    """
+    q_idx, q_full, ptr, slot = transposed
+    tiles = _tiles(q, k, ptr, elements, block_bias, config, config.group)
+    bk = config.block_k
+    (b, h_kv, s, d), dv = k.shape, v.shape[3]
+    each = tiles.heads // h_kv
+    nk = s // bk
+
+    logits = _Logits(scale, soft_cap, block_bias is not None)
+    inputs = _Inputs(tiles, elements, each=each, by_key=True)
+    # Each key block's entries, one after the other.
+    begin, count = ptr[..., :-1], jnp.diff(ptr, axis=-1)
+    entries = _cuts(_packed(q_idx, q_full, elements), begin, tiles.blocks)
+    now = jnp.concatenate([count[..., None], entries], axis=-1)[:, :, :, None]
+    inputs.smem("now", now)
+    inputs.smem("next", now, after=1)
+    if block_bias is not None:
+        flat = block_bias.reshape(*block_bias.shape[:2], -1)
+        shape = [max(flat.shape[axis], slot.shape[axis]) for axis in (0, 1)]
+        flat, slot, begin = (_spread(a, *shape) for a in (flat, slot, begin))
+        chosen = jnp.take_along_axis(flat, slot, axis=2)
+        inputs.smem("bias", _cuts(chosen, begin, tiles.blocks)[:, :, :, None])
+    for a in elements.scalars:
+        inputs.smem("scalars", a[:, :, None, None, None])
+    kv_tile = lambda batch, kv, j, e: (batch, kv, j, _zero())
+    for a in (k, v):
+        inputs.add("tiles", a, pl.BlockSpec((None, None, bk, a.shape[3]), kv_tile))
+    for a in elements.cols:
+        inputs.vmem("lines", _cols(a, nk, bk))
+    lines = [_threshold(lse, logits), delta]
+    lines = [tiles.line(a) for a in lines] + tiles.positions(elements)
+    streams = [_Stream.tiles(a, tiles) for a in (q, dout)]
+    streams += [_Stream.lines(a, tiles) for a in lines]
+    streams += [_Stream.dense(a, tiles, bk, nk, True) for a in elements.dense]
+    kernel = functools.partial(
+        _backward_kv_kernel,
+        logits=logits,
+        scale=scale,
+        widen=bool(interpret),
+    )
+    return inputs.call(
+        kernel,
+        streams,
+        grid=(b, h_kv, nk, each),
+        out_specs=[pl.BlockSpec((None, None, bk, a.shape[3]), kv_tile) for a in (k, v)],
+        out_shape=[out_shape(a.shape, a.dtype, q, k, v, dout) for a in (k, v)],
+        sums=[
+            pltpu.VMEM((bk, d), jnp.float32),
+            pltpu.VMEM((bk, dv), jnp.float32),
+        ],
+        config=config,
+        interpret=interpret,
+        name="block_sparse_attention_backward_kv",
+    )
+
+
+def _of_queries(tiles, k, v, lists, elements, block_bias, page_table, block_k):
+    """Operands of the kernels that hold queries and bring keys."""
+    kv_idx, kv_cnt, kv_full = lists
+    nk = k.shape[2] // block_k if page_table is None else page_table.shape[1]
+    inputs = _Inputs(tiles, elements, each=1, by_key=False)
+    entries = _packed(kv_idx, kv_full, elements)
+    now = jnp.concatenate([kv_cnt[..., None], entries], axis=-1)[:, :, :, None]
+    inputs.smem("now", now)
+    inputs.smem("next", now, after=1)
+    if block_bias is not None:
+        inputs.smem("bias", block_bias[:, :, :, None])
+    if page_table is not None:
+        inputs.smem("pages", page_table[:, None, None, None])
+    for a in elements.scalars:
+        inputs.smem("scalars", a[:, :, None, None, None])
+    paged = page_table is not None
+    streams = [_Stream.keys(a, tiles, block_k, paged) for a in (k, v)]
+    streams += [_Stream.lines(_cols(a, nk, block_k), tiles) for a in elements.cols]
+    streams += [_Stream.dense(a, tiles, block_k, nk, False) for a in elements.dense]
+    return inputs, streams
+
+
+# --- Arrays as the kernels take them --------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class _Tiles:
+    """How queries lie in tiles: ``group`` heads that share lists, block by block.
+
+    A block of few rows is ``folded``: the group's rows become one head's, with padding.
+    """
+
+    b: int
+    h: int
+    t: int
+    blocks: int
+    block: int
+    group: int
+
+    @property
+    def heads(self):
+        """Of the kernel's grid."""
+        return self.h // self.group
+
+    @property
+    def folded(self):
+        shares = self.group > 1 and self.block % TPU_LANES > 0
+        return shares or self.block % TPU_ROWS > 0
+
+    @property
+    def shape(self):
+        """(heads, rows) of a tile."""
+        if not self.folded:
+            return self.group, self.block
+        return 1, pl.cdiv(self.group * self.block, TPU_ROWS) * TPU_ROWS
+
+    def tile(self, x):
+        """[b, h, t, d] as [b, heads, group, rows of all blocks, d]."""
+        d = x.shape[3]
+        if not self.folded:
+            return x.reshape(self.b, self.heads, self.group, self.t, d)
+        x = x.reshape(self.b, self.heads, self.group, self.blocks, self.block, d)
+        x = jnp.swapaxes(x, 2, 3).reshape(self.b, self.heads, self.blocks, -1, d)
+        return _pad(x, 3, self.shape[1]).reshape(self.b, self.heads, 1, -1, d)
+
+    def untile(self, x):
+        """The other way."""
+        d = x.shape[4]
+        if self.folded:
+            x = x.reshape(self.b, self.heads, self.blocks, -1, d)
+            x = x[:, :, :, : self.group * self.block]
+            x = x.reshape(self.b, self.heads, self.blocks, self.group, self.block, d)
+            x = jnp.swapaxes(x, 2, 3)
+        return x.reshape(self.b, self.h, self.t, d)
+
+    def line(self, x):
+        """[b or 1, heads, t], a number for each row, as [.., heads, blocks, 1, rows].
+
+        Its heads are those of queries, or divide those of the grid.
+        """
+        b, heads, _ = x.shape
+        x = _pad(x, 2, self.t)
+        if heads == self.h:
+            x = x.reshape(b, self.heads, self.group, self.blocks, self.block)
+        else:
+            x = x.reshape(b, heads, 1, self.blocks, self.block)
+            x = jnp.broadcast_to(x, (b, heads, self.group, *x.shape[3:]))
+        x = jnp.swapaxes(x, 2, 3)
+        x = x.reshape(b, -1, self.blocks, 1, self.group * self.block)
+        return _pad(x, 4, math.prod(self.shape))
+
+    def unline(self, x):
+        """[b, heads, blocks, 1, rows] as [b, h, t]."""
+        x = x[..., : self.group * self.block]
+        x = x.reshape(self.b, self.heads, self.blocks, self.group, self.block)
+        return jnp.swapaxes(x, 2, 3).reshape(self.b, self.h, self.t)
+
+    def positions(self, elements):
+        """Each row's own position, and the rows that the predicate asks for."""
+        if elements.predicate is None:
+            return []
+        own = jnp.arange(self.t, dtype=jnp.int32)[None, None]
+        return [self.line(a) for a in (own, *elements.rows)]
+
+
+def _tiles(q, k, lists, elements, block_bias, config, group):
+    """The tiles of q; one head each where heads of a group are told apart."""
+    b, h, t, _ = q.shape
+    operands = (*elements.rows, *elements.cols, *elements.scalars, *elements.dense)
+    told = [a.shape[1] for a in operands] + [k.shape[1], lists.shape[1]]
+    if block_bias is not None:
+        told.append(block_bias.shape[1])
+    if any((h // group) % heads for heads in told):
+        group = 1
+    return _Tiles(b, h, t, t // config.block_q, config.block_q, group)
+
+
+class _Stream(NamedTuple):
+    """An array that the kernel copies blocks of from HBM.
+
+    pick: (batch, head of the grid, the program's block, the listed one) -> a place.
+    paged: the listed block is looked up in the table of pages.
+    """
+
+    array: jax.Array
+    block: tuple[int, ...]
+    pick: Callable[..., tuple[Any, ...]]
+    paged: bool = False
+
+    @classmethod
+    def keys(cls, array, tiles, block_k, paged):
+        """Blocks of k or v, or their pages."""
+        heads = array.shape[1]
+
+        def pick(batch, head, own, index):
+            head = lax.div(head, jnp.int32(tiles.heads // heads))
+            if paged:
+                return index, head
+            window = pl.ds(pl.multiple_of(index * block_k, block_k), block_k)
+            return batch, head, window
+
+        return cls(array, (block_k, array.shape[3]), pick, paged)
+
+    @classmethod
+    def tiles(cls, array, tiles):
+        """Tiles of q or dout."""
+        array, (group, rows) = tiles.tile(array), tiles.shape
+
+        def pick(batch, head, own, index):
+            window = pl.ds(pl.multiple_of(index * rows, TPU_ROWS), rows)
+            return batch, head, slice(None), window
+
+        return cls(array, (group, rows, array.shape[4]), pick)
+
+    @classmethod
+    def lines(cls, array, tiles):
+        """Of [b or 1, heads, blocks, 1, numbers]."""
+        place = _placer(array, tiles)
+        pick = lambda batch, head, own, index: (*place(batch, head), index)
+        return cls(array, array.shape[3:], pick)
+
+    @classmethod
+    def dense(cls, array, tiles, block_k, nk, transpose):
+        """Blocks of [b or 1, heads, t, s], one byte for each element."""
+        b, heads = array.shape[:2]
+        array = _pad(_pad(array.astype(jnp.int8), 2, tiles.t), 3, nk * block_k)
+        array = array.reshape(b, heads, tiles.blocks, tiles.block, nk, block_k)
+        array = jnp.swapaxes(array, 3, 4)
+        if tiles.folded:
+            array = jnp.concatenate([array] * tiles.group, axis=4)
+            array = _pad(array, 4, tiles.shape[1])
+        if transpose:
+            array = jnp.swapaxes(array, 4, 5)
+        place = _placer(array, tiles)
+
+        def pick(batch, head, own, index):
+            query, key = (index, own) if transpose else (own, index)
+            return *place(batch, head), query, key
+
+        return cls(array, array.shape[4:], pick)
+
+
+class _Inputs:
+    """The operands of a kernel by kind, each with its block, and the call.
+
+    The grid is (batch, heads, blocks, each): ``each`` list heads of one key head take
+    turns, and with 1 the heads are those of the tiles.
+    """
+
+    KINDS = ("now", "next", "bias", "pages", "scalars", "tiles", "lines")
+
+    def __init__(self, tiles, elements, each, by_key):
+        self.tiles, self.elements = tiles, elements
+        self.each, self.by_key = each, by_key
+        self.kinds = {kind: [] for kind in self.KINDS}
+
+    def add(self, kind, array, spec):
+        self.kinds[kind].append((array, spec))
+
+    def own(self, batch, head, block, turn):
+        """The place of the program's block in [b, heads, blocks, .., ..]."""
+        head = head * self.each + turn if self.each > 1 else head
+        return batch, head, block, _zero(), _zero()
+
+    def _rows(self, kind, array, memory_space, after=0):
+        """One [.., ..] of [b or 1, heads, blocks or 1, .., ..]."""
+        place = _placer(array, self.tiles)
+
+        def index(batch, head, block, turn):
+            if after:
+                head, block, turn = self.later(head, block, turn)
+                block = jnp.minimum(block, array.shape[2] - 1)
+            batch, head, block, *rest = self.own(batch, head, block, turn)
+            block = block if array.shape[2] > 1 else _zero()
+            return *place(batch, head), block, *rest
+
+        shape = (None, None, None, *array.shape[3:])
+        self.add(kind, array, pl.BlockSpec(shape, index, memory_space=memory_space))
+
+    def later(self, head, block, turn):
+        """The program after this one; the last one of a head stays."""
+        if self.each == 1:
+            return head, block + 1, turn
+        turn = turn + 1
+        wrap = lax.div(turn, jnp.int32(self.each))
+        return head, block + wrap, turn - wrap * self.each
+
+    def smem(self, kind, array, after=0):
+        self._rows(kind, array, pltpu.SMEM, after)
+
+    def vmem(self, kind, array):
+        self._rows(kind, array, pltpu.VMEM)
+
+    def tile_spec(self, d):
+        group, rows = self.tiles.shape
+        index = lambda batch, head, block, turn: (batch, head, _zero(), block, _zero())
+        return pl.BlockSpec((None, None, group, rows, d), index)
+
+    def tile(self, array):
+        self.add("tiles", array, self.tile_spec(array.shape[4]))
+
+    def call(
+        self,
+        kernel,
+        streams,
+        *,
+        grid,
+        out_specs,
+        out_shape,
+        sums,
+        config,
+        interpret,
+        name,
+    ):
+        """The pallas_call; ``kernel`` is given a ``_Program``."""
+        kinds = {**self.kinds}
+        any_spec = pl.BlockSpec(memory_space=pl.ANY)
+        kinds["streams"] = [(stream.array, any_spec) for stream in streams]
+        arrays, specs = zip(*itertools.chain(*kinds.values()), strict=True)
+        lines = [array for array, _ in kinds["lines"]]
+        scratch = {
+            "base": [pltpu.SMEM((1,), jnp.int32)],
+            "sem": [pltpu.SemaphoreType.DMA((2,))],
+            "held": [
+                pltpu.VMEM((2, config.unroll, *stream.block), stream.array.dtype)
+                for stream in streams
+            ],
+            "columns": [pltpu.VMEM((a.shape[4], TPU_LANES), a.dtype) for a in lines],
+            "sums": sums,
+        }
+        kinds.update(outs=out_specs, **scratch)
+        sizes = {kind: len(members) for kind, members in kinds.items()}
+
+        def body(*refs):
+            refs, groups = iter(refs), {}
+            for kind, size in sizes.items():
+                groups[kind] = list(itertools.islice(refs, size))
+            kernel(
+                _Program(groups, streams, config, self.elements, self.each, self.by_key)
+            )
+
+        return pl.pallas_call(
+            body,
+            grid=grid,
+            in_specs=list(specs),
+            out_specs=out_specs,
+            out_shape=out_shape,
+            scratch_shapes=list(itertools.chain(*scratch.values())),
+            compiler_params=pltpu.CompilerParams(
+                dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary"),
+                vmem_limit_bytes=config.vmem or None,
+            ),
+            interpret=interpret,
+            name=name,
+        )(*arrays)
+
+
+def _placer(array, tiles):
+    """(batch, head of the grid) -> the place in an array that may have fewer."""
+    b, heads = array.shape[:2]
+    assert tiles.heads % heads == 0
+
+    def place(batch, head):
+        return (
+            batch if b > 1 else _zero(),
+            lax.div(head, jnp.int32(tiles.heads // heads)),
+        )
+
+    return place
+
+
+def _packed(index, full, elements):
+    """2 * index + full, in which every block is full where there is no predicate."""
+    full = jnp.ones_like(index) if elements.predicate is None else full
+    return 2 * index.astype(jnp.int32) + full.astype(jnp.int32)
+
+
+def _cuts(flat, begin, size):
+    """``size`` numbers of [.., n] from each begin [.., m] on: [.., m, size]."""
+    flat = _pad(flat, flat.ndim - 1, flat.shape[-1] + size)
+    cut = lambda row, first: lax.dynamic_slice(row, (first,), (size,))
+    cut = jax.vmap(cut, in_axes=(None, 0))
+    return jax.vmap(jax.vmap(cut))(flat, begin)
+
+
+def _spread(array, b, heads):
+    """[b, heads, ..] of an array that may have fewer of both."""
+    array = jnp.repeat(array, heads // array.shape[1], axis=1)
+    return jnp.broadcast_to(array, (b, *array.shape[1:]))
+
+
+def _cols(array, nk, block_k):
+    """[b or 1, heads, s] as [.., nk, 1, block_k]."""
+    array = _pad(array, 2, nk * block_k)
+    return array.reshape(*array.shape[:2], nk, 1, block_k)
+
+
+def _threshold(lse, logits):
+    """What logits are compared with; large for an empty row: nothing is left."""
+    lse = lse * (_LOG2E / logits.factor)
+    return jnp.where(jnp.isneginf(lse), -_LEAST, lse)
+
+
+def _pad(x, axis, size):
+    more = [(0, 0)] * x.ndim
+    more[axis] = (0, size - x.shape[axis])
+    return jnp.pad(x, more) if more[axis][1] else x
+
+
+def _zero():
+    """An index, also where Python's integers are 64 bits."""
+    return jnp.int32(0)
+
+
+# --- Inside the kernels ---------------------------------------------------------------
+
+
+class _Logits(NamedTuple):
+    """Products to logits: scaled, capped, with the block's bias."""
+
+    scale: float
+    soft_cap: float | None
+    bias: bool
+
+    @property
+    def factor(self):
+        """What a logit is still to be multiplied by, to be an exponent of 2."""
+        plain = self.soft_cap is None and not self.bias and self.scale > 0
+        return self.scale * _LOG2E if plain else _LOG2E
+
+    def __call__(self, product, bias):
+        """(logit, its derivative by the scaled product or None)."""
+        if self.factor != _LOG2E:
+            return product, None
+        logit, slope = product * self.scale, None
+        if self.soft_cap is not None:
+            bent = jnp.tanh(logit * (1 / self.soft_cap))
+            logit, slope = bent * self.soft_cap, 1 - bent * bent
+        return (logit + bias if self.bias else logit), slope
+
+
+class _Entry(NamedTuple):
+    """A listed block, as scalars.
+
+    number: its place in the list. key: the block of keys, query: that of queries.
+    limit: the key from which on none is allowed.
+    """
+
+    number: jax.Array
+    query: jax.Array
+    key: jax.Array
+    full: jax.Array
+    exists: jax.Array
+    limit: jax.Array
+    bias: jax.Array | None
+
+
+class _Program:
+    """One program's refs, and the loop over its list."""
+
+    def __init__(self, refs, streams, config, elements, each, by_key):
+        self.refs, self.streams, self.config = refs, streams, config
+        self.predicate, self.by_key = elements.predicate, by_key
+        # The rows that a predicate asks for follow their own positions.
+        self.rows = 0 if self.predicate is None else 1 + len(elements.rows)
+        self.cols = len(elements.cols)
+        batch, head, self.block, turn = (pl.program_id(axis) for axis in range(4))
+        self.turn, self.turns = turn, each
+        self.place = (batch, head * each + turn, self.block)
+        later = lax.div(turn + 1, jnp.int32(each))
+        after = turn + 1 - later * each
+        self.next_place = (batch, head * each + after, self.block + later)
+        self.first = (self.block == 0) & (turn == 0)
+        self.last = (self.block == pl.num_programs(2) - 1) & (turn == each - 1)
+        for line, column in zip(refs["lines"], refs["columns"], strict=True):
+            wide = jnp.broadcast_to(line[...], (TPU_LANES, line.shape[1]))
+            column[...] = wide.T
+
+    def __getattr__(self, kind):
+        return self.refs[kind]
+
+    def walk(self, body):
+        """Calls ``body(slot, entries)`` for each step.
+
+        Copies are one step ahead: the last step starts those of the next program.
+        """
+        [now], [after], [base_ref], [sem] = self.now, self.next, self.base, self.sem
+        unroll = self.config.unroll
+        count = now[0, 0]
+        steps = lax.div(count + (unroll - 1), jnp.int32(unroll))
+
+        def copies(entries, place, step, slot):
+            for u in range(unroll):
+                entry = jnp.minimum(step * unroll + u, entries[0, 0] - 1)
+                index = lax.shift_right_logical(entries[0, entry + 1], jnp.int32(1))
+                for stream, hbm, held in zip(
+                    self.streams, self.refs["streams"], self.held, strict=True
+                ):
+                    source = self.pages[0][0, index] if stream.paged else index
+                    yield pltpu.make_async_copy(
+                        hbm.at[stream.pick(*place, source)],
+                        held.at[slot, u],
+                        sem.at[slot],
+                    )
+
+        def start(entries, place, step, slot):
+            for copy in copies(entries, place, step, slot):
+                copy.start()
+
+        @pl.when(self.first)
+        def _():
+            base_ref[0] = jnp.int32(0)
+            pl.when(count > 0)(lambda: start(now, self.place, jnp.int32(0), 0))
+
+        base = base_ref[0]
+        end = (base + steps) & 1
+
+        def ahead():
+            @pl.when(jnp.logical_not(self.last) & (after[0, 0] > 0))
+            def _():
+                start(after, self.next_place, jnp.int32(0), end)
+
+        def step(number, carry):
+            slot = (base + number) & 1
+            pl.when(number + 1 < steps)(
+                lambda: start(now, self.place, number + 1, 1 - slot)
+            )
+            pl.when(number + 1 == steps)(ahead)
+            for copy in copies(now, self.place, number, slot):
+                copy.wait()
+            body(slot, [self.entry(number * unroll + u) for u in range(unroll)])
+            return carry
+
+        lax.fori_loop(jnp.int32(0), steps, step, None)
+        pl.when(steps == 0)(ahead)
+        base_ref[0] = end
+
+    def entry(self, number):
+        [now] = self.now
+        exists = number < now[0, 0]
+        place = jnp.minimum(number, now[0, 0] - 1)
+        packed = now[0, place + 1]
+        listed = lax.shift_right_logical(packed, jnp.int32(1))
+        return _Entry(
+            number,
+            *((listed, self.block) if self.by_key else (self.block, listed)),
+            packed & 1,
+            exists,
+            jnp.where(exists, self.config.keys, 0),
+            self.bias[0][0, place] if self.bias else None,
+        )
+
+    def masked_or_not(self, entries, compute):
+        """Calls ``compute(masked)``: masks are asked for only where they matter."""
+        config = self.config
+        ragged = config.keys % config.block_k
+        if self.predicate is None and not ragged and config.unroll == 1:
+            compute(False)
+            return
+        plain = entries[0].exists
+        for entry in entries:
+            plain &= entry.exists & (entry.full == 1)
+            if ragged:
+                plain &= (entry.key + 1) * config.block_k <= config.keys
+        pl.when(plain)(lambda: compute(False))
+        pl.when(jnp.logical_not(plain))(lambda: compute(True))
+
+    def allowed(self, entry, shape, i, first_key, rows, cols, dense):
+        """Which elements of a part of the block are allowed.
+
+        i: positions of the queries, or None; first_key: the first one of the part.
+        """
+        axis = 0 if self.by_key else 1
+        j = first_key + lax.broadcasted_iota(jnp.int32, shape, axis)
+        allowed = j < entry.limit
+        if self.predicate is None:
+            return allowed
+        scalars = tuple(ref[0, 0] for ref in self.scalars)
+        chosen = self.predicate(i, j, rows, cols, scalars, dense)
+        if chosen.shape != shape:
+            chosen = jnp.broadcast_to(chosen.astype(jnp.int32), shape) > 0
+        return allowed & (chosen | (jnp.full(shape, entry.full) > 0))
+
+
+def _forward_kernel(program, *, logits, widen):
+    [q_ref], [out_ref, lse_ref] = program.tiles, program.outs
+    k_held, v_held, *elements = program.held
+    max_ref, sum_ref, out_sums = program.sums
+    factor = logits.factor
+    max_ref[...] = jnp.full(max_ref.shape, _LEAST)
+    sum_ref[...] = jnp.zeros_like(sum_ref)
+    out_sums[...] = jnp.zeros_like(out_sums)
+
+    def step(slot, entries):
+        def compute(masked):
+            k, v = (_flat(held[slot]) for held in (k_held, v_held))
+            for part in _parts(q_ref, program.config.rows):
+                products = dot(q_ref[part], k, _NT, widen)
+                z = [
+                    logits(product, entries[u].bias)[0]
+                    for u, product in _panels(products, entries)
+                ]
+                if masked:
+                    z = _masked(program, entries, elements, slot, part, z, _FORBIDDEN)
+                old = max_ref[part]
+                new = functools.reduce(jnp.maximum, z)
+                new = jnp.maximum(old, jnp.max(new, axis=1, keepdims=True))
+                p = [jnp.exp2((a - new) * factor) for a in z]
+                decay = jnp.exp2((old - new) * factor)
+                max_ref[part] = new
+                sum_ref[part] = decay * sum_ref[part] + functools.reduce(jnp.add, p)
+                p = jnp.concatenate([a.astype(v.dtype) for a in p], axis=1)
+                more = dot(p, v, _NN, widen)
+                out_sums[part] = _lanes(decay, more.shape[1]) * out_sums[part] + more
+
+        program.masked_or_not(entries, compute)
+
+    program.walk(step)
+    for part in _parts(q_ref, program.config.rows):
+        sums = jnp.sum(sum_ref[part], axis=1, keepdims=True)
+        some = sums > 0
+        inverse = jnp.where(some, 1 / jnp.where(some, sums, 1.0), 0.0)
+        out_ref[part] = (out_sums[part] * inverse).astype(out_ref.dtype)
+        least = max_ref[part] * (factor / _LOG2E)
+        max_ref[part] = jnp.where(some, least + jnp.log(sums), -jnp.inf)
+    lse_ref[...] = _flat(max_ref[...]).T[:1]
+
+
+def _backward_q_kernel(program, *, logits, scale, widen):
+    [q_ref, dout_ref], [dq_ref, *dbias_ref] = program.tiles, program.outs
+    lse_ref, delta_ref = program.columns[:2]
+    k_held, v_held, *elements = program.held
+    [dq_sums] = program.sums
+    dq_sums[...] = jnp.zeros_like(dq_sums)
+    for ref in dbias_ref:
+
+        def clear(number, carry, ref=ref):
+            ref[0, number] = jnp.float32(0)
+            return carry
+
+        lax.fori_loop(jnp.int32(0), jnp.int32(ref.shape[1]), clear, None)
+
+    def step(slot, entries):
+        def compute(masked):
+            k, v = (_flat(held[slot]) for held in (k_held, v_held))
+            sums = [0.0] * len(entries)
+            for part in _parts(q_ref, program.config.rows):
+                own = _own(part, q_ref)
+                lse, delta = lse_ref[own], delta_ref[own]
+                products = dot(q_ref[part], k, _NT, widen)
+                dp = dot(dout_ref[part], v, _NT, widen)
+                bent = [
+                    logits(product, entries[u].bias)
+                    for u, product in _panels(products, entries)
+                ]
+                z = [logit for logit, _ in bent]
+                if masked:
+                    z = _masked(program, entries, elements, slot, part, z, _FORBIDDEN)
+                dz = []
+                for a, (_, slope), (u, b) in zip(
+                    z, bent, _panels(dp, entries), strict=True
+                ):
+                    d = jnp.exp2((a - lse) * logits.factor) * (b - delta)
+                    if dbias_ref:
+                        sums[u] += jnp.sum(d, axis=0, keepdims=True)
+                    dz.append((d if slope is None else d * slope).astype(k.dtype))
+                dq_sums[part] += dot(jnp.concatenate(dz, axis=1), k, _NN, widen)
+            for ref in dbias_ref:
+                for entry, total in zip(entries, sums, strict=True):
+
+                    @pl.when(entry.exists)
+                    def _(entry=entry, total=total, ref=ref):
+                        ref[0, entry.number] = jnp.sum(total)
+
+        program.masked_or_not(entries, compute)
+
+    program.walk(step)
+    dq_ref[...] = (dq_sums[...] * scale).astype(dq_ref.dtype)
+
+
+def _backward_kv_kernel(program, *, logits, scale, widen):
+    [k_ref, v_ref], [dk_ref, dv_ref] = program.tiles, program.outs
+    q_held, dout_held, lse_held, delta_held, *elements = program.held
+    dk_sums, dv_sums = program.sums
+    rows = min(program.config.rows, k_ref.shape[0])
+
+    @pl.when(program.turn == 0)
+    def _():
+        dk_sums[...] = jnp.zeros_like(dk_sums)
+        dv_sums[...] = jnp.zeros_like(dv_sums)
+
+    def step(slot, entries):
+        def compute(masked):
+            q, dout = (_flat(held[slot]) for held in (q_held, dout_held))
+            for low in range(0, k_ref.shape[0], rows):
+                part = pl.ds(low, rows)
+                products = dot(k_ref[part], q, _NT, widen)
+                dp = dot(v_ref[part], dout, _NT, widen)
+                p, dz = [], []
+                for u, head, first, panel in _query_panels(q_held, entries):
+                    a, b = products[:, panel], dp[:, panel]
+                    own = _line_panel(q_held, head, first)
+                    logit, slope = logits(a, entries[u].bias)
+                    if masked:
+                        place = (u, head, first, part)
+                        logit = _masked_by_key(
+                            program, entries[u], elements, slot, place, own, logit
+                        )
+                    above = logit - lse_held[slot, u, :, own]
+                    p.append(jnp.exp2(above * logits.factor))
+                    d = p[-1] * (b - delta_held[slot, u, :, own])
+                    dz.append(d if slope is None else d * slope)
+                join = lambda panels: jnp.concatenate(
+                    [panel.astype(q.dtype) for panel in panels], axis=1
+                )
+                dv_sums[part] += dot(join(p), dout, _NN, widen)
+                dk_sums[part] += dot(join(dz), q, _NN, widen)
+
+        program.masked_or_not(entries, compute)
+
+    program.walk(step)
+
+    @pl.when(program.turn == program.turns - 1)
+    def _():
+        dk_ref[...] = (dk_sums[...] * scale).astype(dk_ref.dtype)
+        dv_ref[...] = dv_sums[...].astype(dv_ref.dtype)
+
+
+def _parts(ref, most):
+    """Rows of a tile [heads, rows, d], some of one head at a time."""
+    heads, size = ref.shape[:2]
+    rows = max(
+        rows
+        for rows in range(TPU_ROWS, min(most, size) + 1, TPU_ROWS)
+        if size % rows == 0
+    )
+    for head in range(heads):
+        for low in range(0, size, rows):
+            yield head, pl.ds(low, rows)
+
+
+def _own(part, ref):
+    """The same rows in an array [heads * rows, ..]."""
+    head, window = part
+    return pl.ds(head * ref.shape[1] + window.start, window.size)
+
+
+def _panels(products, entries):
+    """(entry, 128 columns) of the products with all entries' keys."""
+    each = products.shape[1] // len(entries)
+    for low in range(0, products.shape[1], TPU_LANES):
+        yield low // each, products[:, low : low + TPU_LANES]
+
+
+def _masked(program, entries, elements, slot, part, panels, other):
+    """Panels of logits with ``other`` where nothing is allowed."""
+    head, window = part
+    block_k, masked = program.config.block_k, []
+    [q_ref, *_] = program.tiles
+    columns = program.columns[-program.rows :] if program.rows else []
+    own = _own(part, q_ref)
+    i, *rows = [column[own] for column in columns] or [None]
+    cols, dense = elements[: program.cols], elements[program.cols :]
+    for number, panel in enumerate(panels):
+        u, low = divmod(number * TPU_LANES, block_k)
+        lanes = pl.ds(low, TPU_LANES)
+        allowed = program.allowed(
+            entries[u],
+            panel.shape,
+            i,
+            entries[u].key * block_k + low,
+            tuple(rows),
+            tuple(col[slot, u, :, lanes] for col in cols),
+            tuple(d[slot, u, window, lanes].astype(jnp.int32) != 0 for d in dense),
+        )
+        masked.append(jnp.where(allowed, panel, other))
+    return masked
+
+
+def _query_panels(held, entries):
+    """(entry, head, first row, columns) of the products with all entries' queries."""
+    _, _, heads, rows, _ = held.shape
+    start = 0
+    for u in range(len(entries)):
+        for head in range(heads):
+            for first in range(0, rows, TPU_LANES):
+                width = min(TPU_LANES, rows - first)
+                yield u, head, first, slice(start, start + width)
+                start += width
+
+
+def _line_panel(held, head, first):
+    """The same rows in a line of the tile's."""
+    rows = held.shape[3]
+    return pl.ds(head * rows + first, min(TPU_LANES, rows - first))
+
+
+def _masked_by_key(program, entry, elements, slot, place, own, logit):
+    """As ``_masked``, for a panel whose rows are keys."""
+    u, head, first, part = place
+    lines, dense = elements[: program.rows], elements[program.rows :]
+    i, *rows = [line[slot, u, :, own] for line in lines] or [None]
+    lanes = pl.ds(first, own.size)
+    allowed = program.allowed(
+        entry,
+        logit.shape,
+        i,
+        program.block * program.config.block_k + part.start,
+        tuple(rows),
+        tuple(column[part, : own.size] for column in program.columns),
+        tuple(d[slot, u, part, lanes].astype(jnp.int32) != 0 for d in dense),
+    )
+    return jnp.where(allowed, logit, _FORBIDDEN)
+
+
+def _flat(tile):
+    """[.., rows, d] as [all rows, d]."""
+    return tile.reshape(-1, tile.shape[-1])
+
+
+def _lanes(column, width):
+    """A number for each row, in as many lanes."""
+    copies = pl.cdiv(width, TPU_LANES)
+    return jnp.concatenate([column] * copies, axis=1)[:, :width]
