@@ -57,8 +57,12 @@ from sparsejax.ops._monarch_matmul import monarch_matmul as monarch_matmul
 from sparsejax.ops._monarch_matmul import (
     monarch_matmul_reference as monarch_matmul_reference,
 )
+from sparsejax.ops._native_sparse_attention import (
+    native_sparse_attention as native_sparse_attention,
+)
 from sparsejax.ops._nm_matmul import nm_matmul as nm_matmul
 from sparsejax.ops._nm_matmul import nm_matmul_reference as nm_matmul_reference
+from sparsejax.ops._routing_attention import routing_attention as routing_attention
 
 __all__ = [
     "block_sparse_attention",
@@ -82,8 +86,10 @@ __all__ = [
     "moe_mlp_reference",
     "monarch_matmul",
     "monarch_matmul_reference",
+    "native_sparse_attention",
     "nm_matmul",
     "nm_matmul_reference",
+    "routing_attention",
     "sampled_matmul",
     "sampled_matmul_reference",
     "transposed_grouped_matmul",
