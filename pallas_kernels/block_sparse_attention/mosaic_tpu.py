@@ -36,12 +36,9 @@ allowed: 0.84 of the matrix peak forward, 0.98 and 0.98 backward (jax's splash a
 at the same tiles: 0.51).
 """
 
-import dataclasses
 import functools
-import itertools
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 from jax import lax
@@ -55,6 +52,14 @@ from pallas_kernels.block_sparse_attention._spec import (
     Config,
     Elements,
 )
+from pallas_kernels.block_sparse_attention._tiles_tpu import (
+    Stream,
+    columns_of,
+    pad,
+    tiles_of,
+    zero,
+)
+from pallas_kernels.block_sparse_attention._walk_tpu import Inputs
 from pallas_kernels.grouped_matmul.mosaic_tpu import dot, out_shape
 
 _LOG2E = math.log2(math.e)
@@ -97,7 +102,7 @@ def forward(
     Returns:
         ``[b, h, t, dv]`` of q's dtype and float32 ``[b, h, t]``.
     """
-    tiles = _tiles(q, k, lists[1], elements, block_bias, config, config.group)
+    tiles = tiles_of(q, k, lists[1], elements, block_bias, config, config.group)
     (group, rows), dv = tiles.shape, v.shape[3]
     logits = _Logits(scale, soft_cap, block_bias is not None)
     inputs, streams = _of_queries(
@@ -175,7 +180,7 @@ def backward_q(
     """
     # A block's sum is one head's.
     group = config.group if block_bias is None else 1
-    tiles = _tiles(q, k, lists[1], elements, block_bias, config, group)
+    tiles = tiles_of(q, k, lists[1], elements, block_bias, config, group)
     (group, rows), d = tiles.shape, q.shape[3]
     logits = _Logits(scale, soft_cap, block_bias is not None)
     inputs, streams = _of_queries(
@@ -262,14 +267,14 @@ def backward_kv(
         ``[b, h_kv, s, d]`` and ``[b, h_kv, s, dv]``, dtypes of k and v.
     """
     q_idx, q_full, ptr, slot = transposed
-    tiles = _tiles(q, k, ptr, elements, block_bias, config, config.group)
+    tiles = tiles_of(q, k, ptr, elements, block_bias, config, config.group)
     bk = config.block_k
     (b, h_kv, s, d), dv = k.shape, v.shape[3]
     each = tiles.heads // h_kv
     nk = s // bk
 
     logits = _Logits(scale, soft_cap, block_bias is not None)
-    inputs = _Inputs(tiles, elements, each=each, by_key=True)
+    inputs = Inputs(tiles, elements, each=each, by_key=True)
     # Each key block's entries, one after the other.
     begin, count = ptr[..., :-1], jnp.diff(ptr, axis=-1)
     entries = _cuts(_packed(q_idx, q_full, elements), begin, tiles.blocks)
@@ -284,16 +289,16 @@ def backward_kv(
         inputs.smem("bias", _cuts(chosen, begin, tiles.blocks)[:, :, :, None])
     for a in elements.scalars:
         inputs.smem("scalars", a[:, :, None, None, None])
-    kv_tile = lambda batch, kv, j, e: (batch, kv, j, _zero())
+    kv_tile = lambda batch, kv, j, e: (batch, kv, j, zero())
     for a in (k, v):
         inputs.add("tiles", a, pl.BlockSpec((None, None, bk, a.shape[3]), kv_tile))
     for a in elements.cols:
-        inputs.vmem("lines", _cols(a, nk, bk))
+        inputs.vmem("lines", columns_of(a, nk, bk))
     lines = [_threshold(lse, logits), delta]
     lines = [tiles.line(a) for a in lines] + tiles.positions(elements)
-    streams = [_Stream.tiles(a, tiles) for a in (q, dout)]
-    streams += [_Stream.lines(a, tiles) for a in lines]
-    streams += [_Stream.dense(a, tiles, bk, nk, True) for a in elements.dense]
+    streams = [Stream.tiles(a, tiles) for a in (q, dout)]
+    streams += [Stream.lines(a, tiles) for a in lines]
+    streams += [Stream.dense(a, tiles, bk, nk, True) for a in elements.dense]
     kernel = functools.partial(
         _backward_kv_kernel,
         logits=logits,
@@ -320,7 +325,7 @@ def _of_queries(tiles, k, v, lists, elements, block_bias, page_table, block_k):
     """Operands of the kernels that hold queries and bring keys."""
     kv_idx, kv_cnt, kv_full = lists
     nk = k.shape[2] // block_k if page_table is None else page_table.shape[1]
-    inputs = _Inputs(tiles, elements, each=1, by_key=False)
+    inputs = Inputs(tiles, elements, each=1, by_key=False)
     entries = _packed(kv_idx, kv_full, elements)
     now = jnp.concatenate([kv_cnt[..., None], entries], axis=-1)[:, :, :, None]
     inputs.smem("now", now)
@@ -332,299 +337,10 @@ def _of_queries(tiles, k, v, lists, elements, block_bias, page_table, block_k):
     for a in elements.scalars:
         inputs.smem("scalars", a[:, :, None, None, None])
     paged = page_table is not None
-    streams = [_Stream.keys(a, tiles, block_k, paged) for a in (k, v)]
-    streams += [_Stream.lines(_cols(a, nk, block_k), tiles) for a in elements.cols]
-    streams += [_Stream.dense(a, tiles, block_k, nk, False) for a in elements.dense]
+    streams = [Stream.keys(a, tiles, block_k, paged) for a in (k, v)]
+    streams += [Stream.lines(columns_of(a, nk, block_k), tiles) for a in elements.cols]
+    streams += [Stream.dense(a, tiles, block_k, nk, False) for a in elements.dense]
     return inputs, streams
-
-
-# --- Arrays as the kernels take them --------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class _Tiles:
-    """How queries lie in tiles: ``group`` heads that share lists, block by block.
-
-    A block of few rows is ``folded``: the group's rows become one head's, with padding.
-    """
-
-    b: int
-    h: int
-    t: int
-    blocks: int
-    block: int
-    group: int
-
-    @property
-    def heads(self):
-        """Of the kernel's grid."""
-        return self.h // self.group
-
-    @property
-    def folded(self):
-        shares = self.group > 1 and self.block % TPU_LANES > 0
-        return shares or self.block % TPU_ROWS > 0
-
-    @property
-    def shape(self):
-        """(heads, rows) of a tile."""
-        if not self.folded:
-            return self.group, self.block
-        return 1, pl.cdiv(self.group * self.block, TPU_ROWS) * TPU_ROWS
-
-    def tile(self, x):
-        """[b, h, t, d] as [b, heads, group, rows of all blocks, d]."""
-        d = x.shape[3]
-        if not self.folded:
-            return x.reshape(self.b, self.heads, self.group, self.t, d)
-        x = x.reshape(self.b, self.heads, self.group, self.blocks, self.block, d)
-        x = jnp.swapaxes(x, 2, 3).reshape(self.b, self.heads, self.blocks, -1, d)
-        return _pad(x, 3, self.shape[1]).reshape(self.b, self.heads, 1, -1, d)
-
-    def untile(self, x):
-        """The other way."""
-        d = x.shape[4]
-        if self.folded:
-            x = x.reshape(self.b, self.heads, self.blocks, -1, d)
-            x = x[:, :, :, : self.group * self.block]
-            x = x.reshape(self.b, self.heads, self.blocks, self.group, self.block, d)
-            x = jnp.swapaxes(x, 2, 3)
-        return x.reshape(self.b, self.h, self.t, d)
-
-    def line(self, x):
-        """[b or 1, heads, t], a number for each row, as [.., heads, blocks, 1, rows].
-
-        Its heads are those of queries, or divide those of the grid.
-        """
-        b, heads, _ = x.shape
-        x = _pad(x, 2, self.t)
-        if heads == self.h:
-            x = x.reshape(b, self.heads, self.group, self.blocks, self.block)
-        else:
-            x = x.reshape(b, heads, 1, self.blocks, self.block)
-            x = jnp.broadcast_to(x, (b, heads, self.group, *x.shape[3:]))
-        x = jnp.swapaxes(x, 2, 3)
-        x = x.reshape(b, -1, self.blocks, 1, self.group * self.block)
-        return _pad(x, 4, math.prod(self.shape))
-
-    def unline(self, x):
-        """[b, heads, blocks, 1, rows] as [b, h, t]."""
-        x = x[..., : self.group * self.block]
-        x = x.reshape(self.b, self.heads, self.blocks, self.group, self.block)
-        return jnp.swapaxes(x, 2, 3).reshape(self.b, self.h, self.t)
-
-    def positions(self, elements):
-        """Each row's own position, and the rows that the predicate asks for."""
-        if elements.predicate is None:
-            return []
-        own = jnp.arange(self.t, dtype=jnp.int32)[None, None]
-        return [self.line(a) for a in (own, *elements.rows)]
-
-
-def _tiles(q, k, lists, elements, block_bias, config, group):
-    """The tiles of q; one head each where heads of a group are told apart."""
-    b, h, t, _ = q.shape
-    operands = (*elements.rows, *elements.cols, *elements.scalars, *elements.dense)
-    told = [a.shape[1] for a in operands] + [k.shape[1], lists.shape[1]]
-    if block_bias is not None:
-        told.append(block_bias.shape[1])
-    if any((h // group) % heads for heads in told):
-        group = 1
-    return _Tiles(b, h, t, t // config.block_q, config.block_q, group)
-
-
-class _Stream(NamedTuple):
-    """An array that the kernel copies blocks of from HBM.
-
-    pick: (batch, head of the grid, the program's block, the listed one) -> a place.
-    paged: the listed block is looked up in the table of pages.
-    """
-
-    array: jax.Array
-    block: tuple[int, ...]
-    pick: Callable[..., tuple[Any, ...]]
-    paged: bool = False
-
-    @classmethod
-    def keys(cls, array, tiles, block_k, paged):
-        """Blocks of k or v, or their pages."""
-        heads = array.shape[1]
-
-        def pick(batch, head, own, index):
-            head = lax.div(head, jnp.int32(tiles.heads // heads))
-            if paged:
-                return index, head
-            window = pl.ds(pl.multiple_of(index * block_k, block_k), block_k)
-            return batch, head, window
-
-        return cls(array, (block_k, array.shape[3]), pick, paged)
-
-    @classmethod
-    def tiles(cls, array, tiles):
-        """Tiles of q or dout."""
-        array, (group, rows) = tiles.tile(array), tiles.shape
-
-        def pick(batch, head, own, index):
-            window = pl.ds(pl.multiple_of(index * rows, TPU_ROWS), rows)
-            return batch, head, slice(None), window
-
-        return cls(array, (group, rows, array.shape[4]), pick)
-
-    @classmethod
-    def lines(cls, array, tiles):
-        """Of [b or 1, heads, blocks, 1, numbers]."""
-        place = _placer(array, tiles)
-        pick = lambda batch, head, own, index: (*place(batch, head), index)
-        return cls(array, array.shape[3:], pick)
-
-    @classmethod
-    def dense(cls, array, tiles, block_k, nk, transpose):
-        """Blocks of [b or 1, heads, t, s], one byte for each element."""
-        b, heads = array.shape[:2]
-        array = _pad(_pad(array.astype(jnp.int8), 2, tiles.t), 3, nk * block_k)
-        array = array.reshape(b, heads, tiles.blocks, tiles.block, nk, block_k)
-        array = jnp.swapaxes(array, 3, 4)
-        if tiles.folded:
-            array = jnp.concatenate([array] * tiles.group, axis=4)
-            array = _pad(array, 4, tiles.shape[1])
-        if transpose:
-            array = jnp.swapaxes(array, 4, 5)
-        place = _placer(array, tiles)
-
-        def pick(batch, head, own, index):
-            query, key = (index, own) if transpose else (own, index)
-            return *place(batch, head), query, key
-
-        return cls(array, array.shape[4:], pick)
-
-
-class _Inputs:
-    """The operands of a kernel by kind, each with its block, and the call.
-
-    The grid is (batch, heads, blocks, each): ``each`` list heads of one key head take
-    turns, and with 1 the heads are those of the tiles.
-    """
-
-    KINDS = ("now", "next", "bias", "pages", "scalars", "tiles", "lines")
-
-    def __init__(self, tiles, elements, each, by_key):
-        self.tiles, self.elements = tiles, elements
-        self.each, self.by_key = each, by_key
-        self.kinds = {kind: [] for kind in self.KINDS}
-
-    def add(self, kind, array, spec):
-        self.kinds[kind].append((array, spec))
-
-    def own(self, batch, head, block, turn):
-        """The place of the program's block in [b, heads, blocks, .., ..]."""
-        head = head * self.each + turn if self.each > 1 else head
-        return batch, head, block, _zero(), _zero()
-
-    def _rows(self, kind, array, memory_space, after=0):
-        """One [.., ..] of [b or 1, heads, blocks or 1, .., ..]."""
-        place = _placer(array, self.tiles)
-
-        def index(batch, head, block, turn):
-            if after:
-                head, block, turn = self.later(head, block, turn)
-                block = jnp.minimum(block, array.shape[2] - 1)
-            batch, head, block, *rest = self.own(batch, head, block, turn)
-            block = block if array.shape[2] > 1 else _zero()
-            return *place(batch, head), block, *rest
-
-        shape = (None, None, None, *array.shape[3:])
-        self.add(kind, array, pl.BlockSpec(shape, index, memory_space=memory_space))
-
-    def later(self, head, block, turn):
-        """The program after this one; the last one of a head stays."""
-        if self.each == 1:
-            return head, block + 1, turn
-        turn = turn + 1
-        wrap = lax.div(turn, jnp.int32(self.each))
-        return head, block + wrap, turn - wrap * self.each
-
-    def smem(self, kind, array, after=0):
-        self._rows(kind, array, pltpu.SMEM, after)
-
-    def vmem(self, kind, array):
-        self._rows(kind, array, pltpu.VMEM)
-
-    def tile_spec(self, d):
-        group, rows = self.tiles.shape
-        index = lambda batch, head, block, turn: (batch, head, _zero(), block, _zero())
-        return pl.BlockSpec((None, None, group, rows, d), index)
-
-    def tile(self, array):
-        self.add("tiles", array, self.tile_spec(array.shape[4]))
-
-    def call(
-        self,
-        kernel,
-        streams,
-        *,
-        grid,
-        out_specs,
-        out_shape,
-        sums,
-        config,
-        interpret,
-        name,
-    ):
-        """The pallas_call; ``kernel`` is given a ``_Program``."""
-        kinds = {**self.kinds}
-        any_spec = pl.BlockSpec(memory_space=pl.ANY)
-        kinds["streams"] = [(stream.array, any_spec) for stream in streams]
-        arrays, specs = zip(*itertools.chain(*kinds.values()), strict=True)
-        lines = [array for array, _ in kinds["lines"]]
-        scratch = {
-            "base": [pltpu.SMEM((1,), jnp.int32)],
-            "sem": [pltpu.SemaphoreType.DMA((2,))],
-            "held": [
-                pltpu.VMEM((2, config.unroll, *stream.block), stream.array.dtype)
-                for stream in streams
-            ],
-            "columns": [pltpu.VMEM((a.shape[4], TPU_LANES), a.dtype) for a in lines],
-            "sums": sums,
-        }
-        kinds.update(outs=out_specs, **scratch)
-        sizes = {kind: len(members) for kind, members in kinds.items()}
-
-        def body(*refs):
-            refs, groups = iter(refs), {}
-            for kind, size in sizes.items():
-                groups[kind] = list(itertools.islice(refs, size))
-            kernel(
-                _Program(groups, streams, config, self.elements, self.each, self.by_key)
-            )
-
-        return pl.pallas_call(
-            body,
-            grid=grid,
-            in_specs=list(specs),
-            out_specs=out_specs,
-            out_shape=out_shape,
-            scratch_shapes=list(itertools.chain(*scratch.values())),
-            compiler_params=pltpu.CompilerParams(
-                dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary"),
-                vmem_limit_bytes=config.vmem or None,
-            ),
-            interpret=interpret,
-            name=name,
-        )(*arrays)
-
-
-def _placer(array, tiles):
-    """(batch, head of the grid) -> the place in an array that may have fewer."""
-    b, heads = array.shape[:2]
-    assert tiles.heads % heads == 0
-
-    def place(batch, head):
-        return (
-            batch if b > 1 else _zero(),
-            lax.div(head, jnp.int32(tiles.heads // heads)),
-        )
-
-    return place
 
 
 def _packed(index, full, elements):
@@ -635,7 +351,7 @@ def _packed(index, full, elements):
 
 def _cuts(flat, begin, size):
     """``size`` numbers of [.., n] from each begin [.., m] on: [.., m, size]."""
-    flat = _pad(flat, flat.ndim - 1, flat.shape[-1] + size)
+    flat = pad(flat, flat.ndim - 1, flat.shape[-1] + size)
     cut = lambda row, first: lax.dynamic_slice(row, (first,), (size,))
     cut = jax.vmap(cut, in_axes=(None, 0))
     return jax.vmap(jax.vmap(cut))(flat, begin)
@@ -647,27 +363,10 @@ def _spread(array, b, heads):
     return jnp.broadcast_to(array, (b, *array.shape[1:]))
 
 
-def _cols(array, nk, block_k):
-    """[b or 1, heads, s] as [.., nk, 1, block_k]."""
-    array = _pad(array, 2, nk * block_k)
-    return array.reshape(*array.shape[:2], nk, 1, block_k)
-
-
 def _threshold(lse, logits):
     """What logits are compared with; large for an empty row: nothing is left."""
     lse = lse * (_LOG2E / logits.factor)
     return jnp.where(jnp.isneginf(lse), -_LEAST, lse)
-
-
-def _pad(x, axis, size):
-    more = [(0, 0)] * x.ndim
-    more[axis] = (0, size - x.shape[axis])
-    return jnp.pad(x, more) if more[axis][1] else x
-
-
-def _zero():
-    """An index, also where Python's integers are 64 bits."""
-    return jnp.int32(0)
 
 
 # --- Inside the kernels ---------------------------------------------------------------
@@ -695,149 +394,6 @@ class _Logits(NamedTuple):
             bent = jnp.tanh(logit * (1 / self.soft_cap))
             logit, slope = bent * self.soft_cap, 1 - bent * bent
         return (logit + bias if self.bias else logit), slope
-
-
-class _Entry(NamedTuple):
-    """A listed block, as scalars.
-
-    number: its place in the list. key: the block of keys, query: that of queries.
-    limit: the key from which on none is allowed.
-    """
-
-    number: jax.Array
-    query: jax.Array
-    key: jax.Array
-    full: jax.Array
-    exists: jax.Array
-    limit: jax.Array
-    bias: jax.Array | None
-
-
-class _Program:
-    """One program's refs, and the loop over its list."""
-
-    def __init__(self, refs, streams, config, elements, each, by_key):
-        self.refs, self.streams, self.config = refs, streams, config
-        self.predicate, self.by_key = elements.predicate, by_key
-        # The rows that a predicate asks for follow their own positions.
-        self.rows = 0 if self.predicate is None else 1 + len(elements.rows)
-        self.cols = len(elements.cols)
-        batch, head, self.block, turn = (pl.program_id(axis) for axis in range(4))
-        self.turn, self.turns = turn, each
-        self.place = (batch, head * each + turn, self.block)
-        later = lax.div(turn + 1, jnp.int32(each))
-        after = turn + 1 - later * each
-        self.next_place = (batch, head * each + after, self.block + later)
-        self.first = (self.block == 0) & (turn == 0)
-        self.last = (self.block == pl.num_programs(2) - 1) & (turn == each - 1)
-        for line, column in zip(refs["lines"], refs["columns"], strict=True):
-            wide = jnp.broadcast_to(line[...], (TPU_LANES, line.shape[1]))
-            column[...] = wide.T
-
-    def __getattr__(self, kind):
-        return self.refs[kind]
-
-    def walk(self, body):
-        """Calls ``body(slot, entries)`` for each step.
-
-        Copies are one step ahead: the last step starts those of the next program.
-        """
-        [now], [after], [base_ref], [sem] = self.now, self.next, self.base, self.sem
-        unroll = self.config.unroll
-        count = now[0, 0]
-        steps = lax.div(count + (unroll - 1), jnp.int32(unroll))
-
-        def copies(entries, place, step, slot):
-            for u in range(unroll):
-                entry = jnp.minimum(step * unroll + u, entries[0, 0] - 1)
-                index = lax.shift_right_logical(entries[0, entry + 1], jnp.int32(1))
-                for stream, hbm, held in zip(
-                    self.streams, self.refs["streams"], self.held, strict=True
-                ):
-                    source = self.pages[0][0, index] if stream.paged else index
-                    yield pltpu.make_async_copy(
-                        hbm.at[stream.pick(*place, source)],
-                        held.at[slot, u],
-                        sem.at[slot],
-                    )
-
-        def start(entries, place, step, slot):
-            for copy in copies(entries, place, step, slot):
-                copy.start()
-
-        @pl.when(self.first)
-        def _():
-            base_ref[0] = jnp.int32(0)
-            pl.when(count > 0)(lambda: start(now, self.place, jnp.int32(0), 0))
-
-        base = base_ref[0]
-        end = (base + steps) & 1
-
-        def ahead():
-            @pl.when(jnp.logical_not(self.last) & (after[0, 0] > 0))
-            def _():
-                start(after, self.next_place, jnp.int32(0), end)
-
-        def step(number, carry):
-            slot = (base + number) & 1
-            pl.when(number + 1 < steps)(
-                lambda: start(now, self.place, number + 1, 1 - slot)
-            )
-            pl.when(number + 1 == steps)(ahead)
-            for copy in copies(now, self.place, number, slot):
-                copy.wait()
-            body(slot, [self.entry(number * unroll + u) for u in range(unroll)])
-            return carry
-
-        lax.fori_loop(jnp.int32(0), steps, step, None)
-        pl.when(steps == 0)(ahead)
-        base_ref[0] = end
-
-    def entry(self, number):
-        [now] = self.now
-        exists = number < now[0, 0]
-        place = jnp.minimum(number, now[0, 0] - 1)
-        packed = now[0, place + 1]
-        listed = lax.shift_right_logical(packed, jnp.int32(1))
-        return _Entry(
-            number,
-            *((listed, self.block) if self.by_key else (self.block, listed)),
-            packed & 1,
-            exists,
-            jnp.where(exists, self.config.keys, 0),
-            self.bias[0][0, place] if self.bias else None,
-        )
-
-    def masked_or_not(self, entries, compute):
-        """Calls ``compute(masked)``: masks are asked for only where they matter."""
-        config = self.config
-        ragged = config.keys % config.block_k
-        if self.predicate is None and not ragged and config.unroll == 1:
-            compute(False)
-            return
-        plain = entries[0].exists
-        for entry in entries:
-            plain &= entry.exists & (entry.full == 1)
-            if ragged:
-                plain &= (entry.key + 1) * config.block_k <= config.keys
-        pl.when(plain)(lambda: compute(False))
-        pl.when(jnp.logical_not(plain))(lambda: compute(True))
-
-    def allowed(self, entry, shape, i, first_key, rows, cols, dense):
-        """Which elements of a part of the block are allowed.
-
-        i: positions of the queries, or None; first_key: the first one of the part.
-        """
-        axis = 0 if self.by_key else 1
-        j = first_key + lax.broadcasted_iota(jnp.int32, shape, axis)
-        allowed = j < entry.limit
-        if self.predicate is None:
-            return allowed
-        scalars = tuple(ref[0, 0] for ref in self.scalars)
-        chosen = self.predicate(i, j, rows, cols, scalars, dense)
-        if chosen.shape != shape:
-            chosen = jnp.broadcast_to(chosen.astype(jnp.int32), shape) > 0
-        return allowed & (chosen | (jnp.full(shape, entry.full) > 0))
 
 
 def _forward_kernel(program, *, logits, widen):
