@@ -24,6 +24,9 @@ from sparsejax.ops._butterfly_matmul import butterfly_matmul as butterfly_matmul
 from sparsejax.ops._butterfly_matmul import (
     butterfly_matmul_reference as butterfly_matmul_reference,
 )
+from sparsejax.ops._context_parallel import (
+    context_parallel_attention as context_parallel_attention,
+)
 from sparsejax.ops._expert_parallel import (
     expert_parallel_moe_mlp as expert_parallel_moe_mlp,
 )
@@ -71,6 +74,7 @@ __all__ = [
     "block_sparse_matmul_reference",
     "butterfly_matmul",
     "butterfly_matmul_reference",
+    "context_parallel_attention",
     "expert_parallel_moe_mlp",
     "fan_in_matmul",
     "fan_in_matmul_reference",

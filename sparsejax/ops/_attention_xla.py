@@ -25,7 +25,14 @@ from jax import lax
 
 from sparsejax._dispatch import vary_alike
 from sparsejax.ops._attention_operands import How, Operands, heads_alike
-from sparsejax.ops._block_sparse_xla import _bits, _cut, _dot, _put, _values
+from sparsejax.ops._block_sparse_xla import (
+    _bits,
+    _cut,
+    _dot,
+    _int32,
+    _put,
+    _values,
+)
 from sparsejax.ops._checks import accumulator
 
 
@@ -58,9 +65,7 @@ def forward(how: How, operands: Operands) -> tuple[jax.Array, jax.Array]:
             jnp.zeros(rows, wide),
             jnp.zeros((rows, dv), wide),
         )
-        top, total, out_i = lax.fori_loop(
-            0, loop.count(place), key_block, loop.vary(start)
-        )
+        top, total, out_i = loop.over_list(key_block, place, loop.vary(start))
         some = total > 0
         total = jnp.where(some, total, 1)
         lse_i = jnp.where(some, top + jnp.log(total), -jnp.inf)
@@ -89,7 +94,7 @@ def gradients(how: How, operands: Operands, lse, dout, delta) -> tuple[Any, ...]
     queries, grads = loop.rows_of(q), loop.rows_of(dout)
     # Against +inf every element of an empty row, and of one beyond the end, has p = 0.
     lse_of = loop.numbers_of(jnp.where(lse == -jnp.inf, jnp.inf, lse), jnp.inf)
-    delta_of = loop.numbers_of(jnp.where(lse == -jnp.inf, 0, delta), 0)
+    delta_of = loop.numbers_of(delta, 0)
 
     def query_block(place, carry):
         dq, *sums = carry
@@ -112,7 +117,7 @@ def gradients(how: How, operands: Operands, lse, dout, delta) -> tuple[Any, ...]
 
         (dq_i,) = loop.vary((jnp.zeros(q_i.shape, wide),))
         state = dq_i, *sums
-        dq_i, *sums = lax.fori_loop(0, loop.count(place), key_block, state)
+        dq_i, *sums = loop.over_list(key_block, place, state)
         return loop.put(dq, place, (how.scale * dq_i).astype(q.dtype)), *sums
 
     zeros = lambda a: None if a is None else jnp.zeros(a.shape, wide)
@@ -191,9 +196,14 @@ class _Loop:
         def unit(u, carry):
             of, head = u // groups, u % groups * self.heads
             step = lambda i, carry: body((of, head, i), carry)
-            return lax.fori_loop(0, self.how.blocks[0], step, carry)
+            return _fold(self.how.blocks[0], step, carry)
 
-        return lax.fori_loop(0, b * groups, unit, carry)
+        return _fold(b * groups, unit, carry)
+
+    def over_list(self, body, place, carry):
+        """Folds ``body(r, carry)`` over the entries of a query block's list."""
+        count = self.operands.where.kv_cnt
+        return _fold(count[*self.at(count, place), place[2]], body, carry)
 
     # --- Lists ---
 
@@ -202,10 +212,6 @@ class _Loop:
         of, head, _ = place
         h = self.operands.query.shape[2]
         return of if a.shape[0] > 1 else 0, head // (h // a.shape[1])
-
-    def count(self, place):
-        count = self.operands.where.kv_cnt
-        return count[*self.at(count, place), place[2]]
 
     def listed(self, place, r):
         idx = self.operands.where.kv_idx
@@ -301,11 +307,11 @@ class _Loop:
             queries = i * bq + jnp.arange(bq, dtype=jnp.int32)
             spread = lambda a: jnp.repeat(a, self.heads)[None]
             part = lambda a, start, size: lax.dynamic_slice(
-                a, [*self.at(a, place), start], (1, 1, size)
+                a, _int32([*self.at(a, place), start]), (1, 1, size)
             )[0, 0]
             tile = lambda a: (
                 lax.dynamic_slice(
-                    a, [*self.at(a, place), i * bq, j * bk], (1, 1, bq, bk)
+                    a, _int32([*self.at(a, place), i * bq, j * bk]), (1, 1, bq, bk)
                 )[0, 0].T
             )
             yes = self.how.predicate(
@@ -325,6 +331,12 @@ class _Loop:
         of, head, i = place
         sums = dz.sum(0).reshape(-1, self.heads).sum(0).reshape(1, self.heads, 1, 1)
         return _put(dbias, sums, (of, head, i, r))
+
+
+def _fold(trips, body, carry):
+    """``fori_loop`` from 0, of one type also where 64-bit types are on."""
+    zero = jnp.int32(0)
+    return lax.fori_loop(zero, lax.convert_element_type(trips, jnp.int32), body, carry)
 
 
 def _pad(a, axis, size, value=0):

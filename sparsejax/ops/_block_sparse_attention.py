@@ -3,6 +3,7 @@
 import functools
 import math
 import numbers
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +37,7 @@ def block_sparse_attention(
     block_bias: Shaped[Array, "..."] | None = None,
     page_table: Shaped[Array, "..."] | None = None,
     implementation: Choice = None,
-) -> Shaped[Array, "..."] | tuple[Shaped[Array, "..."], Shaped[Array, "..."]]:
+) -> Any:
     """Attention of each query to the keys that a block mask allows.
 
     ``z[i, j] = scale * query[i] . key[j]``, with a cap c made ``c * tanh(z / c)``, plus
@@ -122,7 +123,7 @@ def block_sparse_attention_reference(
     logits_soft_cap: float | None = None,
     block_bias: Shaped[Array, "..."] | None = None,
     page_table: Shaped[Array, "..."] | None = None,
-) -> Shaped[Array, "..."] | tuple[Shaped[Array, "..."], Shaped[Array, "..."]]:
+) -> Any:
     """The equation of ``block_sparse_attention`` in a few lines: dense and slow.
 
     Differentiable in both modes.
@@ -338,7 +339,7 @@ def _gradients(how, q, k, v, bias, where, page_table, out, lse, dout, dlse):
     wide = accumulator(q.dtype)
     delta = (dout.astype(wide) * out.astype(wide)).sum(-1) - dlse
     operands = Operands(q, k, v, bias, where, page_table)
-    return _call_gradients(how, operands, lse, dout, delta)
+    return call_gradients(how, operands, lse, dout, delta)
 
 
 def _gradients_fwd(how, *operands):
@@ -374,9 +375,13 @@ def _call(how, operands):
 
 
 @_dispatch.jit
-def _call_gradients(how, operands, lse, dout, delta):
+def call_gradients(how, operands, lse, dout, delta):
+    """Of query, key, value and bias; delta: the sum of dout out, less dlse."""
+
     def call(operands, lse, dout, delta):
         problem = problem_of(how, operands, GRADIENTS)
+        # Whatever the gradient of an lse of -inf is: NaN, in a loss of log 0.
+        delta = jnp.where(lse == -jnp.inf, 0, delta)
         arrays = operands, lse, dout, delta
         return _dispatch.call(ATTENTION_GRADIENTS, how.choice, problem, *arrays)
 
