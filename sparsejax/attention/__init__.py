@@ -7,16 +7,18 @@ and nk blocks of these; ``b|1`` may be 1 and then holds for all.
 Selectors choose the blocks by what queries and keys hold: pure functions ``(query, key,
 ..., *, block_shape, budget) -> (BlockMask, BlockStats)``, each after its paper. A
 budget is a number of blocks per query block (an int), their share of all (a float in
-(0, 1]), ``TopP``, ``Threshold`` or ``Tokens``. ``expr`` says what may be attended at
-all, ``causal`` unless given, ``offset`` where the first query stands among the keys.
-Nothing in a selection has a gradient, but by name: `list_scores` and `straight_through`
-make a bias of the operator of scores, `attention_block_probabilities` is what a learned
-gate is taught.
+(0, 1]), ``TopP``, ``Threshold``, ``Tokens`` or ``GaussianTopK``. ``expr`` says what may
+be attended at all, ``causal`` unless given, ``offset`` where the first query stands
+among the keys. Nothing in a selection has a gradient, but by name: of scores
+`list_scores` and `straight_through` make a bias of the operator; a learned gate is
+taught `attention_block_probabilities`. Call selectors inside jit, where statistics that
+nobody uses, such as the recall, are not computed.
 """
 
 from sparsejax.attention._block_mask import BlockMask as BlockMask
 from sparsejax.attention._block_mask import TransposedLists as TransposedLists
 from sparsejax.attention._block_mask import block_mask as block_mask
+from sparsejax.attention._budget import GaussianTopK as GaussianTopK
 from sparsejax.attention._budget import Threshold as Threshold
 from sparsejax.attention._budget import Tokens as Tokens
 from sparsejax.attention._budget import TopP as TopP
@@ -66,6 +68,12 @@ from sparsejax.attention._select_seer import seer_loss as seer_loss
 from sparsejax.attention._select_sparge import sparge as sparge
 from sparsejax.attention._select_sparsed import reuse as reuse
 from sparsejax.attention._select_sparsed import sparsed as sparsed
+from sparsejax.attention._select_sparsifiner import Connectivity as Connectivity
+from sparsejax.attention._select_sparsifiner import sparsifiner as sparsifiner
+from sparsejax.attention._select_sparsifiner import sparsifiner_init as sparsifiner_init
+from sparsejax.attention._select_sparsifiner import (
+    sparsifiner_logits as sparsifiner_logits,
+)
 from sparsejax.attention._select_twilight import twilight as twilight
 from sparsejax.attention._select_vertical_slash import vertical_slash as vertical_slash
 from sparsejax.attention._stats import BlockStats as BlockStats
@@ -78,7 +86,9 @@ __all__ = [
     "BlockMask",
     "BlockStats",
     "Clusters",
+    "Connectivity",
     "Expression",
+    "GaussianTopK",
     "Lowered",
     "NsaCompression",
     "SeerGate",
@@ -127,6 +137,9 @@ __all__ = [
     "sliding_window",
     "sparge",
     "sparsed",
+    "sparsifiner",
+    "sparsifiner_init",
+    "sparsifiner_logits",
     "straight_through",
     "strided",
     "twilight",

@@ -66,9 +66,35 @@ class Tokens:
     count: int
 
 
-jax.tree_util.register_static(Tokens)
+@dataclasses.dataclass(frozen=True)
+class GaussianTopK:
+    r"""About ``count`` blocks, by a threshold instead of a sort.
 
-Budget: TypeAlias = int | float | TopP | Threshold | Tokens
+    .. math::
+      \mathrm{kept} = \{J : S_J > \mu + \sigma\, \Phi^{-1}(1 - \mathrm{count} / n)\}
+
+    with the mean and the deviation (of n - 1) of the n blocks' scores: exact in the
+    mean where scores are Gaussian, linear in n. All blocks, where n is at most count.
+
+    Attributes:
+      count: Blocks per query block, about; static.
+
+    Example:
+      >>> sparsejax.attention.GaussianTopK(8)
+      GaussianTopK(count=8)
+
+    References:
+      You et al., `Spark Transformer: Reactivating Sparsity in FFN and Attention
+      <https://arxiv.org/abs/2506.06644>`_, 2025 (its statistical top-k).
+    """
+
+    count: int
+
+
+jax.tree_util.register_static(Tokens)
+jax.tree_util.register_static(GaussianTopK)
+
+Budget: TypeAlias = int | float | TopP | Threshold | Tokens | GaussianTopK
 
 
 class Choice(NamedTuple):
@@ -84,12 +110,12 @@ def check_budget(budget: Budget, name: str = "budget") -> None:
         check_range(f"{name}.p", budget.p, "(0, 1]", lambda p: 0 < p <= 1)
     elif isinstance(budget, Threshold):
         check_range(f"{name}.value", budget.value, "[0, 1)", lambda v: 0 <= v < 1)
-    elif isinstance(budget, Tokens):
+    elif isinstance(budget, Tokens | GaussianTopK):
         check_count(f"{name}.count", budget.count)
     elif isinstance(budget, bool) or not isinstance(budget, numbers.Real):
         raise ValueError(
             f"{name}: got {budget!r}, needed a number of blocks (int), a share of them "
-            "(float in (0, 1]), TopP, Threshold or Tokens"
+            "(float in (0, 1]), TopP, Threshold, Tokens or GaussianTopK"
         )
     elif isinstance(budget, numbers.Integral):
         check_count(name, budget)
@@ -117,7 +143,7 @@ def check_range(name, value, needed, fits) -> None:
 
 def block_count(budget: Budget, nk: int, block_k: int) -> int:
     """Blocks per query block of a budget that is a count: 1 to nk."""
-    if isinstance(budget, TopP | Threshold):
+    if not is_counted(budget):
         raise ValueError(
             f"budget: got {budget}, needed a count: an int, a share of the blocks or "
             "Tokens"
@@ -127,13 +153,13 @@ def block_count(budget: Budget, nk: int, block_k: int) -> int:
     elif isinstance(budget, numbers.Integral):
         count = int(budget)
     else:
-        count = round(float(budget) * nk)
+        count = round(float(budget) * nk)  # type: ignore[arg-type]
     return min(max(count, 1), nk)
 
 
 def is_counted(budget: Budget) -> bool:
     """Whether the number of blocks is known before the scores are."""
-    return not isinstance(budget, TopP | Threshold)
+    return not isinstance(budget, TopP | Threshold | GaussianTopK)
 
 
 def choose(
@@ -182,6 +208,8 @@ def _wanted(scores, allowed, forced, budget, block_k, most_forced):
     probs = softmax_over(scores, allowed)
     if isinstance(budget, Threshold):
         return forced | (probs > jnp.asarray(budget.value, jnp.float32))
+    if isinstance(budget, GaussianTopK):
+        return forced | _above_quantile(scores, allowed, budget.count)
     rank_by = jnp.where(allowed, jnp.where(forced, jnp.inf, scores), -jnp.inf)
     ranked = nk
     if is_counted(budget):
@@ -195,6 +223,18 @@ def _wanted(scores, allowed, forced, budget, block_k, most_forced):
     else:
         keep = jnp.arange(ranked) < block_count(budget, nk, block_k)
     return _at((keep & (value > -jnp.inf)) | (value == jnp.inf), order, nk)
+
+
+def _above_quantile(scores, allowed, count):
+    """Scores above the quantile of a Gaussian that leaves ``count`` of them above."""
+    real = allowed & (scores > -jnp.inf)
+    n = real.sum(axis=-1, keepdims=True).astype(jnp.float32)
+    total = lambda x: jnp.where(real, x, 0.0).sum(axis=-1, keepdims=True)
+    mean = total(scores) / jnp.maximum(n, 1.0)
+    deviation = jnp.sqrt(total((scores - mean) ** 2) / jnp.maximum(n - 1, 1.0))
+    share = jnp.clip(1 - count / jnp.maximum(n, 1.0), 1e-6, 1.0)
+    bound = mean + deviation * jax.scipy.special.ndtri(share)
+    return real & ((scores > bound) | (n <= count))
 
 
 def _at(value, order, nk):

@@ -95,8 +95,9 @@ def double_sparsity(
     Example:
       >>> key = jnp.array([[9.0, 0], [0, 5], [0, 1], [0, 0]]).reshape(1, 4, 1, 2)
       >>> query = jnp.ones((1, 1, 1, 2))
-      >>> mask, _ = sparsejax.attention.double_sparsity(
-      ...     query, key, jnp.array([[1]]), block_shape=(1, 1), budget=2, offset=3)
+      >>> select = jax.jit(lambda *x: sparsejax.attention.double_sparsity(
+      ...     *x, block_shape=(1, 1), budget=2, offset=3)[0])
+      >>> mask = select(query, key, jnp.array([[1]]))
       >>> print(mask.to_blocks()[0, 0])  # by the second channel alone
       [[False  True False  True]]
 

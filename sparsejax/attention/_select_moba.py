@@ -61,7 +61,9 @@ def moba(
 
     Example:
       >>> x = jnp.array([1.0, 3.0, -2.0, 0.5, -1.0, 1.0]).reshape(1, 6, 1, 1)
-      >>> mask, stats = sparsejax.attention.moba(x, x, block_shape=(2, 2), budget=2)
+      >>> select = jax.jit(
+      ...     lambda x: sparsejax.attention.moba(x, x, block_shape=(2, 2), budget=2)[0])
+      >>> mask = select(x)
       >>> print(mask.to_mask().astype(int))
       [[1 0 0 0 0 0]
        [1 1 0 0 0 0]

@@ -185,8 +185,9 @@ def nsa(
 
     Example:
       >>> x = jax.random.normal(jax.random.key(0), (1, 8, 1, 4))
-      >>> mask, _ = sparsejax.attention.nsa(
-      ...     x, x, block_shape=(1, 2), budget=2, length=2, stride=2, local=1)
+      >>> select = jax.jit(lambda x: sparsejax.attention.nsa(
+      ...     x, x, block_shape=(1, 2), budget=2, length=2, stride=2, local=1)[0])
+      >>> mask = select(x)
       >>> print(mask.kv_cnt[0, 0])  # the first block and its own
       [1 1 2 2 2 2 2 2]
 

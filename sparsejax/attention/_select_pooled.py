@@ -99,7 +99,9 @@ def pooled_blocks(
     Example:
       >>> at = sparsejax.attention
       >>> x = jnp.array([1.0, 3.0, -2.0, 0.5]).reshape(1, 4, 1, 1)
-      >>> mask, stats = at.pooled_blocks(x, x, block_shape=(1, 1), budget=2)
+      >>> select = jax.jit(
+      ...     lambda x: at.pooled_blocks(x, x, block_shape=(1, 1), budget=2))
+      >>> mask, stats = select(x)
       >>> print(mask.to_mask().astype(int))
       [[1 0 0 0]
        [1 1 0 0]

@@ -56,8 +56,9 @@ def quest(
     Example:
       >>> key = jnp.array([1.0, -3.0, 2.0, 2.0, 0.0, 0.0]).reshape(1, 6, 1, 1)
       >>> query = jnp.array([-1.0]).reshape(1, 1, 1, 1)
-      >>> mask, _ = sparsejax.attention.quest(
-      ...     query, key, block_shape=(1, 2), budget=2, offset=5)
+      >>> select = jax.jit(lambda *x: sparsejax.attention.quest(
+      ...     *x, block_shape=(1, 2), budget=2, offset=5)[0])
+      >>> mask = select(query, key)
       >>> print(mask.to_blocks()[0, 0])  # bounds 3, -2 and, its own, 0
       [[ True False  True]]
 

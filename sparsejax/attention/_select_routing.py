@@ -138,8 +138,9 @@ def routing(
 
     Example:
       >>> x = jnp.array([[1.0, 0], [0, 1], [2, 1], [-1, 2]]).reshape(1, 4, 1, 2)
-      >>> mask, _ = sparsejax.attention.routing(
-      ...     x, x, jnp.eye(2)[None], block_shape=(2, 2))
+      >>> select = jax.jit(
+      ...     lambda x, c: sparsejax.attention.routing(x, x, c, block_shape=(2, 2))[0])
+      >>> mask = select(x, jnp.eye(2)[None])
       >>> print(mask.to_mask().astype(int))
       [[1 0 0 0]
        [0 1 0 0]

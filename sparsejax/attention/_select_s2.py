@@ -58,8 +58,9 @@ def s2_shards(
 
     Example:
       >>> x = jnp.zeros((1, 5, 2, 4))
-      >>> mask, _ = sparsejax.attention.s2_shards(
-      ...     x, x, block_shape=(1, 1), local=1, stride=2)
+      >>> select = jax.jit(lambda x: sparsejax.attention.s2_shards(
+      ...     x, x, block_shape=(1, 1), local=1, stride=2)[0])
+      >>> mask = select(x)
       >>> print(mask.to_blocks()[0].astype(int))
       [[[1 0 0 0 0]
         [1 1 0 0 0]

@@ -178,7 +178,9 @@ def seer(
       >>> gate = at.seer_init(
       ...     jax.random.key(0), heads=1, kv_heads=1, head_dim=4, gate_dim=2)
       >>> x = jax.random.normal(jax.random.key(1), (1, 8, 1, 4))
-      >>> mask, _ = at.seer(x, x, gate, block_shape=(2, 2), budget=2)
+      >>> select = jax.jit(
+      ...     lambda x, gate: at.seer(x, x, gate, block_shape=(2, 2), budget=2)[0])
+      >>> mask = select(x, gate)
       >>> print(mask.kv_cnt[0, 0])
       [1 2 2 2]
 

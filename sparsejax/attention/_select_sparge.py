@@ -68,7 +68,9 @@ def sparge(
     Example:
       >>> one, other = jnp.array([1.0, 0.0]), jnp.array([-1.0, 0.0])
       >>> x = jnp.stack([one, one, one, other, one, one])[None, :, None]
-      >>> mask, _ = sparsejax.attention.sparge(x, x, block_shape=(2, 2), budget=1)
+      >>> select = jax.jit(lambda x: sparsejax.attention.sparge(
+      ...     x, x, block_shape=(2, 2), budget=1)[0])
+      >>> mask = select(x)
       >>> print(mask.to_blocks()[0, 0].astype(int))  # block 1 is mixed
       [[1 0 0]
        [1 1 0]

@@ -69,8 +69,9 @@ def sparsed(
     Example:
       >>> at = sparsejax.attention
       >>> x = jnp.zeros((1, 4, 1, 2)).at[:, 1].set(3.0).at[:, 3].set(4.0)
-      >>> mask, _ = at.sparsed(x, x, block_shape=(1, 1), budget=0.5, prompt=2,
-      ...                      expr=at.everything())
+      >>> select = jax.jit(lambda x: at.sparsed(
+      ...     x, x, block_shape=(1, 1), budget=0.5, prompt=2, expr=at.everything())[0])
+      >>> mask = select(x)
       >>> print(mask.to_blocks()[0, 0, 3].astype(int))
       [0 1 0 1]
 

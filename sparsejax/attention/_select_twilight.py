@@ -60,7 +60,7 @@ def twilight(
       >>> q = jnp.ones((1, 4, 1, 1))
       >>> k = jnp.array([9.0, 0.0, 9.0, 9.0]).reshape(1, 4, 1, 1)
       >>> base = at.block_mask(at.causal(), 4, 4, block_shape=(1, 1))
-      >>> mask, _ = at.twilight(q, k, base, p=0.8)
+      >>> mask = jax.jit(lambda *x: at.twilight(*x, p=0.8)[0])(q, k, base)
       >>> print(mask.to_blocks()[0, 0].astype(int))
       [[1 0 0 0]
        [1 0 0 0]

@@ -71,9 +71,9 @@ def vertical_slash(
     Example:
       >>> x = jnp.zeros((1, 6, 1, 4)).at[0, 1].set(1.0)
       >>> key = x.at[0, 5].set(0.5)
-      >>> mask, _ = sparsejax.attention.vertical_slash(
-      ...     x.at[0, 5].set(3.0), key, block_shape=(2, 2), vertical=1, slash=1,
-      ...     last=1, initial=0)
+      >>> select = jax.jit(lambda q, k: sparsejax.attention.vertical_slash(
+      ...     q, k, block_shape=(2, 2), vertical=1, slash=1, last=1, initial=0)[0])
+      >>> mask = select(x.at[0, 5].set(3.0), key)
       >>> print(mask.to_mask().astype(int))
       [[1 0 0 0 0 0]
        [1 1 0 0 0 0]

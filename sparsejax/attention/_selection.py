@@ -39,6 +39,15 @@ def allowed_blocks(
     return jnp.asarray(status(*gather(expr, t, s), block_shape)[0])
 
 
+def unlisted_blocks(
+    mask: BlockMask, expr: Expression | None
+) -> Bool[Array, "_b _h nq nk"]:
+    """Blocks that the mask leaves out, though all of them is allowed."""
+    expr = causal() if expr is None else expr
+    _, every = status(*gather(expr, *mask.shape), mask.block_shape)
+    return ~mask.to_blocks() & every
+
+
 def of_heads(blocks: Bool[Array, "b m nq nk"], heads: int) -> Bool[Array, "b _h nq nk"]:
     """For 1 or ``heads`` heads: any of a group's, or the same for all of a group."""
     b, m = blocks.shape[:2]

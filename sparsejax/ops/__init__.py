@@ -24,6 +24,7 @@ from sparsejax.ops._butterfly_matmul import butterfly_matmul as butterfly_matmul
 from sparsejax.ops._butterfly_matmul import (
     butterfly_matmul_reference as butterfly_matmul_reference,
 )
+from sparsejax.ops._combiner_attention import combiner_attention as combiner_attention
 from sparsejax.ops._context_parallel import (
     context_parallel_attention as context_parallel_attention,
 )
@@ -66,6 +67,9 @@ from sparsejax.ops._native_sparse_attention import (
 from sparsejax.ops._nm_matmul import nm_matmul as nm_matmul
 from sparsejax.ops._nm_matmul import nm_matmul_reference as nm_matmul_reference
 from sparsejax.ops._routing_attention import routing_attention as routing_attention
+from sparsejax.ops._scatterbrain_attention import (
+    scatterbrain_attention as scatterbrain_attention,
+)
 
 __all__ = [
     "block_sparse_attention",
@@ -74,6 +78,7 @@ __all__ = [
     "block_sparse_matmul_reference",
     "butterfly_matmul",
     "butterfly_matmul_reference",
+    "combiner_attention",
     "context_parallel_attention",
     "expert_parallel_moe_mlp",
     "fan_in_matmul",
@@ -96,6 +101,7 @@ __all__ = [
     "routing_attention",
     "sampled_matmul",
     "sampled_matmul_reference",
+    "scatterbrain_attention",
     "transposed_grouped_matmul",
     "transposed_grouped_matmul_reference",
 ]

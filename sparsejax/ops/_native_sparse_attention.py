@@ -69,9 +69,10 @@ def native_sparse_attention(
     Example:
       >>> x = jax.random.normal(jax.random.key(0), (1, 16, 2, 8))
       >>> gates = jnp.full((1, 16, 2, 3), 0.5)
-      >>> sparsejax.ops.native_sparse_attention(
+      >>> attend = jax.jit(lambda x, gates: sparsejax.ops.native_sparse_attention(
       ...     x, x, x, gates, block_shape=(4, 4), budget=3, length=4, stride=2,
-      ...     window=4).shape
+      ...     window=4))
+      >>> attend(x, gates).shape
       (1, 16, 2, 8)
 
     References:

@@ -10,6 +10,11 @@ def run(select, *arrays, **options):
     return jax.jit(lambda *xs: select(*xs, **options))(*arrays)
 
 
+def lists(select, *arrays, **options):
+    """Its mask alone: without statistics it compiles in half the time."""
+    return jax.jit(lambda *xs: select(*xs, **options)[0])(*arrays)
+
+
 def heads(seed, b=2, t=21, s=21, h=4, g=2, d=8):
     """Query [b, t, h, d] and key [b, s, g, d], float32."""
     rng = np.random.default_rng(seed)

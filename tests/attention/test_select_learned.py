@@ -47,15 +47,13 @@ def test_seer_equals_the_rule():
     query, key = oracle.heads(1, b=2)
     gate = gate_of()
     scores = seer_rule(query, key, gate)
-    np.testing.assert_allclose(
-        at.seer_logits(query, key, gate, block_shape=SHAPE),
-        scores,
-        rtol=1e-5,
-        atol=1e-5,
-    )
-    mask, stats = jax.jit(
-        lambda q, k: at.seer(q, k, gate, block_shape=SHAPE, budget=at.Threshold(0.25))
+    logits, (mask, stats) = jax.jit(
+        lambda q, k: (
+            at.seer_logits(q, k, gate, block_shape=SHAPE),
+            at.seer(q, k, gate, block_shape=SHAPE, budget=at.Threshold(0.25)),
+        )
     )(query, key)
+    np.testing.assert_allclose(logits, scores, rtol=1e-5, atol=1e-5)
     allowed = np.array(
         [[3 * j <= min(T, 4 * i + 4) - 1 for j in range(7)] for i in range(6)]
     )
@@ -121,15 +119,17 @@ def centroids_of(seed, c=3):
 def test_routing_equals_the_rule():
     query, key = oracle.heads(4, b=2)
     centroids = centroids_of(5)
-    mask, stats = jax.jit(
-        lambda q, k, c: at.routing(q, k, c, block_shape=SHAPE, window=5)
+    (mask, stats), found = jax.jit(
+        lambda q, k, c: (
+            at.routing(q, k, c, block_shape=SHAPE, window=5),
+            at.balanced_clusters(q, k, c, window=5),
+        )
     )(query, key, centroids)
     of_q = clusters_rule(query, centroids, 5)
     of_k = clusters_rule(key, centroids, 5)
     np.testing.assert_array_equal(of_q.sum(-1), 5)
     shared = np.einsum("bhci,bhcj->bhij", of_q, of_k) & CAUSAL
     np.testing.assert_array_equal(mask.to_mask(), shared)
-    found = at.balanced_clusters(query, key, centroids, window=5)
     for rule, index in ((of_q, found.queries), (of_k, found.keys)):
         wanted = [np.flatnonzero(line) for line in rule.reshape(-1, T)]
         np.testing.assert_array_equal(np.reshape(index, (-1, 5)), wanted)
@@ -153,7 +153,7 @@ def test_routing_leaves_out_blocks_that_share_nothing():
 def test_centroids_run_after_their_members():
     query, key = oracle.heads(6, b=2)
     start = centroids_of(7, c=5)
-    new = at.update_centroids(start, query, key, decay=0.9)
+    new = jax.jit(at.update_centroids)(start, query, key, decay=0.9)
     rows = []
     for x in (query, key):
         x = np.moveaxis(np.asarray(x, np.float64), 1, 2)
@@ -182,3 +182,48 @@ def test_routing_arguments_that_are_refused(centroids, window, match):
     query, key = oracle.heads(8, b=1)
     with pytest.raises(ValueError, match=match):
         at.routing(query, key, centroids, block_shape=SHAPE, window=window)
+
+
+def test_sparsifiner_equals_the_rule():
+    """Blocks of one: each query's keys by softmax(Q (Wd K)^T) Wu."""
+    query, key = oracle.heads(9, b=1)
+    found = at.sparsifiner_init(jax.random.key(0), length=T, rank=4)
+    mask, stats = oracle.run(
+        at.sparsifiner,
+        query,
+        key,
+        found,
+        block_shape=(1, 1),
+        budget=4,
+        expr=at.everything(),
+    )
+    few = np.einsum("rs,bsgd->brgd", np.float64(found.down), np.float64(key))
+    scores = oracle.softmax(oracle.logits(query, few)) @ np.float64(found.up)
+    kept = np.zeros((1, 4, T, T), bool)
+    for h, i in np.ndindex(4, T):
+        line = np.where(np.arange(T) == i, np.inf, scores[0, h, i])
+        kept[0, h, i, oracle.best(line, 4)] = True
+    np.testing.assert_array_equal(mask.to_mask(), kept)
+    truth = oracle.recall(query, key, np.ones((T, T), bool), kept)
+    np.testing.assert_allclose(stats.recall, truth, rtol=1e-5)
+    with pytest.raises(ValueError, match="connectivity"):
+        at.sparsifiner(query, key[:, 1:], found, budget=2)
+
+
+def test_sparsifiner_learns_from_the_target():
+    """Its logits of blocks have a gradient, panels and short blocks included."""
+    query, key = oracle.heads(10, b=1)
+    found = at.sparsifiner_init(jax.random.key(1), length=T, rank=4)
+    few = np.einsum("rs,bsgd->brgd", np.float64(found.down), np.float64(key))
+    full = oracle.softmax(oracle.logits(query, few)) @ np.float64(found.up)
+
+    @jax.jit
+    def run(found):
+        logits = lambda w: at.sparsifiner_logits(query, key, w, block_shape=SHAPE)
+        return logits(found), jax.grad(lambda w: logits(w).sum())(found)
+
+    out, grads = run(found)
+    for i, j in np.ndindex(6, 7):
+        top = full[:, :, 4 * i : 4 * i + 4, 3 * j : 3 * j + 3].max((-2, -1))
+        np.testing.assert_allclose(out[:, :, i, j], top, rtol=1e-5, atol=1e-6)
+    assert all(np.isfinite(g).all() and np.abs(g).max() > 0 for g in grads)

@@ -1,6 +1,7 @@
 """Block top-k, top-p, threshold and tokens; statistics; what all selectors share."""
 
 import re
+import statistics
 import sys
 from pathlib import Path
 
@@ -66,6 +67,20 @@ def above(value):
     return rule
 
 
+def gaussian(count):
+    def rule(line, own):
+        real = line[line > -np.inf]
+        kept = set(own)
+        if len(real) <= count:
+            return [*np.flatnonzero(line > -np.inf)]
+        z = statistics.NormalDist().inv_cdf(1 - count / len(real))
+        return sorted(
+            {*kept, *np.flatnonzero(line > real.mean() + real.std(ddof=1) * z)}
+        )
+
+    return rule
+
+
 BUDGETS = {
     "three": (3, counted(3)),
     "share": (0.45, counted(3)),  # 0.45 * 7 = 3.15
@@ -74,6 +89,7 @@ BUDGETS = {
     "few tokens": (at.Tokens(1), counted(1)),
     "top-p": (at.TopP(0.7), nucleus(0.7)),
     "all of p": (at.TopP(1.0), nucleus(2.0)),
+    "gaussian": (at.GaussianTopK(2), gaussian(2)),
     "threshold": (at.Threshold(0.2), above(0.2)),
 }
 
@@ -82,11 +98,16 @@ BUDGETS = {
 def test_equals_the_rule(name):
     budget, rule = BUDGETS[name]
     query, key = oracle.heads(1, b=1)
-    mask, stats = jax.jit(
-        lambda q, k: at.pooled_blocks(q, k, block_shape=SHAPE, budget=budget)
-    )(query, key)
-    blocks = expected(query, key, rule)
-    np.testing.assert_array_equal(mask.to_blocks(), blocks)
+    mask = oracle.lists(at.pooled_blocks, query, key, block_shape=SHAPE, budget=budget)
+    np.testing.assert_array_equal(mask.to_blocks(), expected(query, key, rule))
+
+
+def test_statistics_equal_the_dense_truth():
+    query, key = oracle.heads(1)
+    mask, stats = oracle.run(
+        at.pooled_blocks, query, key, block_shape=SHAPE, budget=at.TopP(0.7)
+    )
+    blocks = expected(query, key, nucleus(0.7))
     wanted = CAUSAL & oracle.spread(blocks, T, T, SHAPE)
     np.testing.assert_array_equal(mask.to_mask(), wanted)
     np.testing.assert_allclose(stats.density, blocks.mean((-2, -1)), rtol=1e-6)
@@ -96,7 +117,8 @@ def test_equals_the_rule(name):
 
 
 def test_density_is_within_a_block_of_the_budget():
-    query, key = oracle.heads(2, b=1, t=32, s=32)
+    """30 keys: the last of eight blocks has two, and their mean counts like others."""
+    query, key = oracle.heads(2, b=1, t=32, s=30)
     mask, stats = oracle.run(
         at.pooled_blocks,
         query,
@@ -108,11 +130,18 @@ def test_density_is_within_a_block_of_the_budget():
     )
     assert mask.capacity == 3
     np.testing.assert_allclose(stats.density, 3 / 8)
+    keys = oracle.repeat(oracle.pool(key, 4), 4)
+    scores = oracle.pool(query, 4) @ keys.swapaxes(-1, -2)
+    blocks = np.zeros((1, 4, 8, 8), bool)
+    for h, i in np.ndindex(4, 8):
+        blocks[0, h, i, oracle.best(scores[0, h, i], 3)] = True
+    assert blocks[..., 7].any()
+    np.testing.assert_array_equal(mask.to_blocks(), blocks)
 
 
 def test_capacity_keeps_the_best_and_counts_the_rest():
     query, key = oracle.heads(3, b=1)
-    full, _ = oracle.run(
+    full = oracle.lists(
         at.pooled_blocks, query, key, block_shape=SHAPE, budget=at.TopP(0.9)
     )
     mask, stats = oracle.run(
@@ -128,7 +157,7 @@ def test_capacity_keeps_the_best_and_counts_the_rest():
 
 def test_ties_go_to_the_lowest_index():
     zeros = jnp.zeros((1, 8, 1, 4))
-    mask, _ = oracle.run(at.pooled_blocks, zeros, zeros, block_shape=(2, 2), budget=2)
+    mask = oracle.lists(at.pooled_blocks, zeros, zeros, block_shape=(2, 2), budget=2)
     own_and_first = [[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [1, 0, 0, 1]]
     np.testing.assert_array_equal(mask.to_blocks()[0, 0], own_and_first)
 
@@ -141,7 +170,7 @@ def test_offset_of_a_decoded_query():
             0
         ].to_mask()
     )
-    whole, _ = oracle.run(at.pooled_blocks, query, key, block_shape=(3, 3), budget=2)
+    whole = oracle.lists(at.pooled_blocks, query, key, block_shape=(3, 3), budget=2)
     np.testing.assert_array_equal(
         select(query[:, 18:], key, 18), whole.to_mask()[:, :, 18:]
     )
@@ -171,7 +200,7 @@ def test_heads_of_an_expression():
     """per_head over the query heads, lists of their own."""
     query, key = oracle.heads(6, b=1, h=2, g=1)
     expr = at.per_head([at.causal(), at.everything()])
-    mask, _ = oracle.run(
+    mask = oracle.lists(
         at.pooled_blocks, query, key, block_shape=(7, 7), budget=1.0, expr=expr
     )
     np.testing.assert_array_equal(mask.to_mask()[0, 0], CAUSAL)
@@ -192,7 +221,7 @@ def test_vmap_and_contents_do_not_recompile():
         return jax.vmap(one)(q, k)
 
     for p in (0.5, 0.8):
-        whole, _ = oracle.run(
+        whole = oracle.lists(
             at.pooled_blocks, query, key, block_shape=SHAPE, budget=at.TopP(p)
         )
         np.testing.assert_array_equal(select(query, key, p), whole.to_blocks())
@@ -204,12 +233,23 @@ def test_nothing_has_a_gradient():
     recall = lambda q: at.pooled_blocks(q, key, block_shape=SHAPE, budget=2)[
         1
     ].recall.sum()
-    assert not jax.grad(recall)(query).any()
+    assert not jax.jit(jax.grad(recall))(query).any()
 
 
 @pytest.mark.parametrize(
     "budget",
-    [0, -1, 0.0, 1.5, -0.5, True, at.TopP(0.0), at.TopP(1.5), at.Tokens(0)]
+    [
+        0,
+        -1,
+        0.0,
+        1.5,
+        -0.5,
+        True,
+        at.TopP(0.0),
+        at.TopP(1.5),
+        at.Tokens(0),
+        at.GaussianTopK(0),
+    ]
     + [at.Threshold(1.0), at.Threshold(-0.1), np.nan],
 )
 def test_budgets_that_are_refused(budget):
@@ -259,7 +299,8 @@ def test_recall_of_rows_without_keys():
     query, key = oracle.heads(12, b=1, t=4, s=4, h=1, g=1)
     dense = at.causal() & ~at.global_tokens(1)
     mask = at.block_mask(dense, 4, 4, block_shape=(2, 2))
-    np.testing.assert_allclose(at.block_stats(query, key, mask, dense).recall, 1.0)
+    recall = jax.jit(lambda q, k: at.block_stats(q, k, mask, dense).recall)
+    np.testing.assert_allclose(recall(query, key), 1.0)
 
 
 def test_memory_is_a_panel():

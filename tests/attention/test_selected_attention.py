@@ -53,11 +53,30 @@ def test_masks_made_inside_jit(name):
     np.testing.assert_allclose(out, want, rtol=1e-4, atol=1e-5)
 
 
+def test_a_block_that_all_queries_choose():
+    """Six entries by key block, two by query block: gradients miss none of them."""
+    query, key = oracle.heads(12, b=1, t=24, s=24, h=2, g=1)
+    query, key = query.at[..., 0].set(3.0), key.at[:, :4, :, 0].set(9.0)
+    value, weights = value_of(13, s=24, g=1), value_of(14, s=24, g=2)
+
+    @jax.jit
+    def run(q, k, v):
+        mask = at.pooled_blocks(q, k, block_shape=(4, 4), budget=2)[0]
+        loss = lambda v: (ops.block_sparse_attention(q, k, v, mask) * weights).sum()
+        return mask, jax.grad(loss)(v)
+
+    mask, grad = run(query, key, value)
+    assert mask.capacity == 2 and (mask.to_blocks()[..., 0].sum(-1) == 6).all()
+    probs = oracle.probabilities(query, key, np.asarray(mask.to_mask()))
+    want = np.einsum("bhij,bihv->bjv", probs, np.float64(weights))
+    np.testing.assert_allclose(grad[:, :, 0], want, rtol=1e-4, atol=1e-5)
+
+
 def test_straight_through_reaches_the_scores():
     """The gradient of a kept block's score is that of its logits' common shift."""
     query, key = oracle.heads(3, b=1, t=8, s=8, h=2, g=2)
     value = value_of(4, s=8)
-    mask, _ = oracle.run(at.pooled_blocks, query, key, block_shape=(4, 4), budget=2)
+    mask = oracle.lists(at.pooled_blocks, query, key, block_shape=(4, 4), budget=2)
     dense = np.asarray(mask.to_mask())
 
     @jax.jit
@@ -107,19 +126,17 @@ def test_native_sparse_attention_is_three_branches():
                 q, k, v, gates, key_mlp=mlps[0], value_mlp=mlps[1], window=5, **sizes
             )
 
-        chosen, _ = at.nsa(
-            q, k, at.nsa_compress(k, mlps[0], length=4, stride=2), **sizes
-        )
-        grads = jax.grad(lambda m: out(m).sum())(mlps)
-        return out(mlps), chosen.to_mask(), grads
+        small = [
+            at.nsa_compress(x, mlp, length=4, stride=2)
+            for x, mlp in zip((k, v), mlps, strict=True)
+        ]
+        chosen, _ = at.nsa(q, k, small[0], **sizes)
+        result, pull = jax.vjp(out, mlps)
+        return result, chosen.to_mask(), small, pull(jnp.ones_like(result))[0]
 
-    out, chosen, grads = run(query, key, value, mlps)
+    out, chosen, small, grads = run(query, key, value, mlps)
     i, j = np.arange(T)[:, None], np.arange(T)
     ends = 2 * np.arange(9) + 3  # 4 keys, every second: the first ends at key 3
-    small = [
-        at.nsa_compress(x, mlp, length=4, stride=2)
-        for x, mlp in zip((key, value), mlps, strict=True)
-    ]
     assert small[0].shape[1] == len(ends)
     branches = [
         attend(query, *small, ends <= i),
@@ -162,3 +179,71 @@ def test_gates_that_do_not_fit_are_refused():
     query, key = oracle.heads(11, b=1)
     with pytest.raises(ValueError, match="gates"):
         ops.native_sparse_attention(query, key, key, jnp.zeros((1, T, 4, 2)))
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_combiner_equals_the_rule(causal):
+    """One softmax over the own block's keys and the other blocks' largest entries."""
+    query, key = oracle.heads(15, b=1)
+    value = value_of(16)
+    run = lambda q, k, v: ops.combiner_attention(q, k, v, size=4, causal=causal)
+    out, pull = jax.vjp(jax.jit(run), query, key, value)
+    q, k, v = (
+        oracle.repeat(np.moveaxis(np.asarray(x, np.float64), 1, 2), 4)[0]
+        for x in (query, key, value)
+    )
+    want = np.zeros((T, 4, 5))
+    for h, i in np.ndindex(4, T):
+        keys, values = [], []
+        for n in range(6):
+            block = slice(4 * n, min(T, 4 * n + 4))
+            if n == i // 4:
+                block = slice(4 * n, i + 1) if causal else block
+                keys += [*k[h, block]]
+                values += [*v[h, block]]
+            elif n < i // 4 or not causal:
+                inside = oracle.softmax(k[h, block] @ q[h, block].max(0) * 8**-0.5)
+                keys.append(k[h, block].max(0))
+                values.append(inside @ v[h, block])
+        probs = oracle.softmax(np.stack(keys) @ q[h, i] * 8**-0.5)
+        want[i, h] = probs @ np.stack(values)
+    np.testing.assert_allclose(out[0], want, rtol=1e-4, atol=1e-5)
+    assert all(np.isfinite(g).all() for g in pull(jnp.ones_like(out)))
+
+
+def test_scatterbrain_equals_the_rule():
+    """exp in the listed blocks, features elsewhere, one denominator."""
+    query, key = oracle.heads(17, b=1)
+    value = value_of(18)
+    features = jax.random.normal(jax.random.key(0), (6, 8))
+    mask = oracle.lists(at.pooled_blocks, query, key, block_shape=(4, 3), budget=2)
+    run = jax.jit(ops.scatterbrain_attention)
+    out, pull = jax.vjp(lambda *x: run(*x, mask, features), query, key, value)
+    q, k, v = (
+        oracle.repeat(np.moveaxis(np.asarray(x, np.float64), 1, 2), 4)[0]
+        for x in (query, key, value)
+    )
+
+    def phi(x):
+        x = x * 8**-0.25
+        square = (x * x).sum(-1, keepdims=True) / 2
+        return np.exp(x @ np.float64(features).T - square) / 6**0.5
+
+    low = phi(q) @ phi(k).swapaxes(-1, -2)
+    full = np.exp(q @ k.swapaxes(-1, -2) * 8**-0.5)
+    a = np.where(np.asarray(mask.to_mask())[0], full, low) * CAUSAL
+    want = a @ v / a.sum(-1, keepdims=True)
+    np.testing.assert_allclose(out[0], want.swapaxes(0, 1), rtol=1e-4, atol=1e-5)
+    assert (low * CAUSAL)[:, -1].sum() > 0
+    assert all(np.isfinite(g).all() for g in pull(jnp.ones_like(out)))
+
+
+def test_scatterbrain_estimates_attention():
+    """Many features and no listed block but a query's own: near the dense result."""
+    query, key = oracle.heads(19, b=1, h=2, g=2)
+    value = value_of(20)
+    features = jax.random.normal(jax.random.key(1), (4096, 8))
+    mask = at.block_mask(at.causal() & at.block_diagonal(3), T, T, block_shape=(3, 3))
+    out = jax.jit(ops.scatterbrain_attention)(query, key, value, mask, features)
+    want = attend(query, key, value, CAUSAL)
+    assert np.abs(out - want).max() < 0.25 * np.abs(want).max()
