@@ -138,6 +138,7 @@ def test_five_steps(run, tmp_path, flags):
         assert record["attention_density"] == pytest.approx([row["attention_density"]])
 
 
+@pytest.mark.slow
 def test_attention_side_by_side(run, capsys):
     """A window of the whole length is dense attention."""
     flags = "--steps 4 --attention-block 8 --window 20 --compare dense,dense+window"

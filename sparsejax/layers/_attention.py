@@ -43,7 +43,7 @@ def apply_sparse_attention(
     params: dict[str, Array],
     mask: AttentionMask,
     x: Float[Array, "b t n"],
-    x_kv: Float[Array, "b s n"] | None = None,
+    x_kv: Float[Array, "b s _n"] | None = None,
     *,
     positions: Int[Array, "..."] | None = None,
     return_stats: bool = False,

@@ -41,7 +41,7 @@ class SparseAttentionSpec:
     head_dim: int | None = None
     block_shape: tuple[int, int] = (128, 128)
     capacity: int | None = None
-    rotary_base: float | None = None
+    rotary_base: float | int | None = None
     scale: float | None = None
     logits_soft_cap: float | None = None
     use_bias: bool = True

@@ -27,7 +27,7 @@ class SparseAttention(nn.Module):
     head_dim: int | None = None
     block_shape: tuple[int, int] = (128, 128)
     capacity: int | None = None
-    rotary_base: float | None = None
+    rotary_base: float | int | None = None
     scale: float | None = None
     logits_soft_cap: float | None = None
     use_bias: bool = True
@@ -39,7 +39,7 @@ class SparseAttention(nn.Module):
     def __call__(
         self,
         x: Float[Array, "b t n"],
-        x_kv: Float[Array, "b s n"] | None = None,
+        x_kv: Float[Array, "b s _n"] | None = None,
         *,
         mask: layers.AttentionMask | None = None,
         positions: Int[Array, "..."] | None = None,
@@ -78,9 +78,9 @@ class SparseAttention(nn.Module):
 
         For ``apply(..., method="decode")``, with the variables of ``__call__``.
         """
-        params = dict(self.variables["params"])
-        mask = self._chosen(mask)
-        return layers.decode_sparse_attention(self.spec, params, mask, x, cache)
+        return layers.decode_sparse_attention(
+            self.spec, dict(self.variables["params"]), self._chosen(mask), x, cache
+        )
 
     @property
     def spec(self) -> layers.SparseAttentionSpec:

@@ -39,7 +39,7 @@ class SparseAttention(nnx.Module):
         head_dim: int | None = None,
         block_shape: tuple[int, int] = (128, 128),
         capacity: int | None = None,
-        rotary_base: float | None = None,
+        rotary_base: float | int | None = None,
         scale: float | None = None,
         logits_soft_cap: float | None = None,
         use_bias: bool = True,
@@ -75,7 +75,7 @@ class SparseAttention(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "b t n"],
-        x_kv: Float[Array, "b s n"] | None = None,
+        x_kv: Float[Array, "b s _n"] | None = None,
         *,
         mask: layers.AttentionMask | None = None,
         positions: Int[Array, "..."] | None = None,
