@@ -48,7 +48,7 @@ def main():
         "--lengths",
         type=int,
         nargs="*",
-        default=[256, 512, 1024, 2048],
+        default=[64, 128, 256, 512, 1024, 2048],
         help="besides --length, to find the crossover",
     )
     add("--modes", nargs="*", default=MODES, choices=MODES)
