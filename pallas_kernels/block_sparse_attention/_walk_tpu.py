@@ -187,7 +187,7 @@ class Program:
                     source = self.pages[0][0, index] if stream.paged else index
                     yield pltpu.make_async_copy(
                         hbm.at[stream.pick(*place, source)],
-                        held.at[slot, u],
+                        held.at[slot, jnp.int32(u)],
                         sem.at[slot],
                     )
 

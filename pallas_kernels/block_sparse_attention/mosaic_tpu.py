@@ -401,7 +401,7 @@ def _forward_kernel(program, *, logits, widen):
     k_held, v_held, *elements = program.held
     max_ref, sum_ref, out_sums = program.sums
     factor = logits.factor
-    max_ref[...] = jnp.full(max_ref.shape, _LEAST)
+    max_ref[...] = jnp.full(max_ref.shape, _LEAST, jnp.float32)
     sum_ref[...] = jnp.zeros_like(sum_ref)
     out_sums[...] = jnp.zeros_like(out_sums)
 
