@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from sparsejax.attention._expressions import Expression, elements, from_array, gather
 from sparsejax.attention._lowering import grid, host, space, status
@@ -72,7 +72,7 @@ class BlockMask:
     @classmethod
     def from_mask(
         cls,
-        mask: Bool[Array, "..."] | Bool[np.ndarray, "..."],
+        mask: Shaped[Array, "..."] | Shaped[np.ndarray, "..."],
         block_shape: tuple[int, int] = (128, 128),
         *,
         capacity: int | None = None,
@@ -105,7 +105,7 @@ class BlockMask:
     @classmethod
     def from_blocks(
         cls,
-        block_map: Bool[Array, "..."] | Bool[np.ndarray, "..."],
+        block_map: Shaped[Array, "..."] | Shaped[np.ndarray, "..."],
         *,
         shape: tuple[int, int],
         block_shape: tuple[int, int],

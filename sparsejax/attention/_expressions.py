@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Int, Shaped
+from jaxtyping import Array, Bool, Shaped
 
 from sparsejax.attention import _predicates as pred
 from sparsejax.attention._lowering import (
@@ -338,8 +338,8 @@ def sliding_window(w: Any, ahead: Any = None) -> Expression:
 
 
 def segments(
-    query_ids: Int[Array, "..."] | Int[np.ndarray, "..."],
-    key_ids: Int[Array, "..."] | Int[np.ndarray, "..."] | None = None,
+    query_ids: Shaped[Array, "..."] | Shaped[np.ndarray, "..."],
+    key_ids: Shaped[Array, "..."] | Shaped[np.ndarray, "..."] | None = None,
 ) -> Expression:
     """Pairs of equal segment, as of documents packed into one row.
 
@@ -361,7 +361,7 @@ def segments(
 
 
 def from_array(
-    mask: Bool[Array, "..."] | Bool[np.ndarray, "..."],
+    mask: Shaped[Array, "..."] | Shaped[np.ndarray, "..."],
 ) -> Expression:
     """A mask given in full.
 

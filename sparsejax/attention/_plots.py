@@ -36,7 +36,7 @@ def plot_block_mask(mask: BlockMask, *, batch: int = 0) -> Any:
       >>> mask = at.block_mask(heads & at.causal(), 2048, 2048)
       >>> figure = at.plot_block_mask(mask)
       >>> print(figure.axes[0].get_title())
-      head 0: 22.7%
+      head 0: 17.6%
     """
     figure_type, colors = _matplotlib()
     entries, heads = mask.kv_idx.shape[:2]
