@@ -3,17 +3,17 @@
 With query block i, key block j among the ``kv_cnt[i]`` that its list ``kv_idx[i]``
 counts, and everything of one tile in cache:
 
-    z[j]  = k[j] (scale q[i])^T, capped, plus the block's bias, -inf where not allowed
-    p[j]  = exp(z[j] - lse)
-    out   = sum over j of p[j]^T v[j]
+    z[j]   = k[j] (scale q[i])^T, capped, plus the block's bias, -inf where not allowed
+    p[j]   = exp(z[j] - lse)
+    out^T  = sum over j of v[j]^T p[j]
 
-A tile stands keys by queries, so that the softmax goes down the columns and most
-products are of rows by columns. One loop over the heads (those that share keys and a
-list at once), in it one over query blocks, in it one over the list, whose trip count is
-traced. The backward goes the same way, once: a tile is computed again, and from it what
-it adds to dq, and in place to dk and dv. Tiles are cut out of the arrays as they come,
-out of pages too, and are float32 from there on. Not differentiable in reverse mode; it
-sits inside the operator's ``custom_vjp``.
+A tile stands keys by queries, and sums queries last, so that the softmax goes down the
+columns and products transpose at most what is narrow. One loop over the heads (those
+that share keys and a list at once), in it one over query blocks, in it one over the
+list, whose trip count is traced. The backward goes the same way, once: a tile is
+computed again, and from it what it adds to dq, and in place to dk and dv. Tiles are cut
+out of the arrays as they come, out of pages too, and are float32 from there on. Not
+differentiable in reverse mode; it sits inside the operator's ``custom_vjp``.
 """
 
 import dataclasses
@@ -54,8 +54,8 @@ def forward(how: How, operands: Operands) -> tuple[jax.Array, jax.Array]:
             new = jnp.maximum(top, z.max(0))
             p = jnp.exp(z - new)
             shrink = jnp.exp(top - new)
-            part = _dot(p, loop.value(place, j), (0, 0))
-            so_far = so_far * shrink[:, None] + part
+            part = _dot(loop.value(place, j), p, (0, 0))
+            so_far = so_far * shrink + part
             return new, total * shrink + p.sum(0), so_far
 
         # Logits that are not allowed are -inf: exp takes them to 0 against any number.
@@ -63,13 +63,13 @@ def forward(how: How, operands: Operands) -> tuple[jax.Array, jax.Array]:
         start = (
             jnp.full(rows, jnp.finfo(wide).min, wide),
             jnp.zeros(rows, wide),
-            jnp.zeros((rows, dv), wide),
+            jnp.zeros((dv, rows), wide),
         )
         top, total, out_i = loop.over_list(key_block, place, loop.vary(start))
         some = total > 0
         total = jnp.where(some, total, 1)
         lse_i = jnp.where(some, top + jnp.log(total), -jnp.inf)
-        out = loop.put(out, place, (out_i / total[:, None]).astype(q.dtype))
+        out = loop.put(out, place, (out_i / total).T.astype(q.dtype))
         return out, loop.put(lse, place, lse_i)
 
     out = _bits(jnp.zeros((b, loop.t, h, dv), q.dtype))
@@ -113,12 +113,12 @@ def gradients(how: How, operands: Operands, lse, dout, delta) -> tuple[Any, ...]
             dz = dz * slope
             dk = loop.add(dk, place, j, _dot(dz, q_i, (1, 0)))
             dv = loop.add(dv, place, j, _dot(p, dout_i, (1, 0)))
-            return dq_i + _dot(dz, loop.key(place, j), (0, 0)), dk, dv, dbias
+            return dq_i + _dot(loop.key(place, j), dz, (0, 0)), dk, dv, dbias
 
-        (dq_i,) = loop.vary((jnp.zeros(q_i.shape, wide),))
+        (dq_i,) = loop.vary((jnp.zeros(q_t.shape, wide),))
         state = dq_i, *sums
         dq_i, *sums = loop.over_list(key_block, place, state)
-        return loop.put(dq, place, (how.scale * dq_i).astype(q.dtype)), *sums
+        return loop.put(dq, place, (how.scale * dq_i.T).astype(q.dtype)), *sums
 
     zeros = lambda a: None if a is None else jnp.zeros(a.shape, wide)
     dq = _bits(jnp.zeros((q.shape[0], loop.t, *q.shape[2:]), q.dtype))
