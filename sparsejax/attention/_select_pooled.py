@@ -40,7 +40,9 @@ def pooled_scores(
 
     Example:
       >>> x = jnp.array([1.0, 3.0, -2.0]).reshape(1, 3, 1, 1)
-      >>> print(sparsejax.attention.pooled_scores(x, x, block_shape=(2, 2))[0, 0])
+      >>> score = jax.jit(
+      ...     lambda x: sparsejax.attention.pooled_scores(x, x, block_shape=(2, 2)))
+      >>> print(score(x)[0, 0])
       [[ 4. -4.]
        [-4.  4.]]
     """

@@ -66,7 +66,8 @@ def balanced_clusters(
 
     Example:
       >>> x = jnp.array([[1.0, 0], [0, 1], [2, 1], [-1, 2]]).reshape(1, 4, 1, 2)
-      >>> clusters = sparsejax.attention.balanced_clusters(x, x, jnp.eye(2)[None])
+      >>> clusters = jax.jit(sparsejax.attention.balanced_clusters)(
+      ...     x, x, jnp.eye(2)[None])
       >>> print(clusters.queries[0, 0])
       [[0 2]
        [1 3]]
@@ -211,7 +212,8 @@ def update_centroids(
     Example:
       >>> x = jnp.array([0.0, 3.0]).reshape(1, 1, 1, 2)
       >>> start = jnp.array([[[1.0, 0.0], [0.5, 1.0]]])
-      >>> print(sparsejax.attention.update_centroids(start, x, x, decay=0.5)[0])
+      >>> update = jax.jit(sparsejax.attention.update_centroids)
+      >>> print(update(start, x, x, decay=0.5)[0])
       [[1.   0.  ]
        [0.25 1.  ]]
 

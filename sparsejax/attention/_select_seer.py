@@ -107,7 +107,9 @@ def seer_logits(
       >>> gate = sparsejax.attention.seer_init(
       ...     jax.random.key(0), heads=1, kv_heads=1, head_dim=4, gate_dim=2)
       >>> x = jax.random.normal(jax.random.key(1), (1, 8, 1, 4))
-      >>> sparsejax.attention.seer_logits(x, x, gate, block_shape=(4, 2)).shape
+      >>> score = jax.jit(lambda x, gate: sparsejax.attention.seer_logits(
+      ...     x, x, gate, block_shape=(4, 2)))
+      >>> score(x, gate).shape
       (1, 1, 2, 4)
     """
     check_pair(query, key, block_shape)

@@ -72,7 +72,7 @@ def native_sparse_attention(
       >>> attend = jax.jit(lambda x, gates: sparsejax.ops.native_sparse_attention(
       ...     x, x, x, gates, block_shape=(4, 4), budget=3, length=4, stride=2,
       ...     window=4))
-      >>> attend(x, gates).shape
+      >>> jax.eval_shape(attend, x, gates).shape
       (1, 16, 2, 8)
 
     References:

@@ -52,8 +52,9 @@ def routing_attention(
     Example:
       >>> x = jnp.array([[1.0, 0], [0, 1], [2, 1], [-1, 2]]).reshape(1, 4, 1, 2)
       >>> value = jnp.array([1.0, 2.0, 3.0, 4.0]).reshape(1, 4, 1, 1)
-      >>> out = sparsejax.ops.routing_attention(x, x, value, jnp.eye(2)[None],
-      ...                                       scale=0.0)
+      >>> attend = jax.jit(lambda x, value, centroids:
+      ...     sparsejax.ops.routing_attention(x, x, value, centroids, scale=0.0))
+      >>> out = attend(x, value, jnp.eye(2)[None])
       >>> print(out.ravel())  # clusters 0, 2 and 1, 3
       [1. 2. 2. 3.]
 

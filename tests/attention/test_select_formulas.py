@@ -30,7 +30,14 @@ def check(query, key, mask, stats, blocks):
     np.testing.assert_allclose(stats.recall, truth, rtol=1e-5)
 
 
-@pytest.mark.parametrize("local, stride, phase", [(2, 3, 0), (1, 8, 1), (3, 1, 0)])
+@pytest.mark.parametrize(
+    "local, stride, phase",
+    [
+        (1, 8, 1),
+        pytest.param(2, 3, 0, marks=pytest.mark.slow),
+        pytest.param(3, 1, 0, marks=pytest.mark.slow),
+    ],
+)
 def test_s2_equals_the_rule(local, stride, phase):
     """(i - j) < local or (j + h step + phase) % stride == 0, step = stride // heads."""
     query, key = oracle.heads(1, b=2, s=24, t=24)
@@ -54,6 +61,7 @@ def test_s2_equals_the_rule(local, stride, phase):
     )
 
 
+@pytest.mark.slow
 def test_s2_heads_see_everything_together():
     x = jnp.zeros((1, 16, 4, 2))
     mask = oracle.lists(at.s2_shards, x, x, block_shape=(2, 2), local=1, stride=4)
@@ -76,8 +84,14 @@ def likeness(x, size):
     return np.stack(blocks, axis=2)
 
 
-@pytest.mark.parametrize("budget", [at.TopP(0.6), 2])
-@pytest.mark.parametrize("theta", [0.35, -1.0])
+@pytest.mark.parametrize(
+    "budget, theta",
+    [
+        (at.TopP(0.6), 0.35),
+        pytest.param(2, 0.35, marks=pytest.mark.slow),
+        pytest.param(2, -1.0, marks=pytest.mark.slow),
+    ],
+)
 def test_sparge_equals_the_rule(budget, theta):
     query, key = oracle.heads(2, b=1)
     mask, stats = jax.jit(
@@ -104,6 +118,7 @@ def test_sparge_equals_the_rule(budget, theta):
     check(query, key, mask, stats, blocks)
 
 
+@pytest.mark.slow
 def test_sparge_sink_and_thresholds_per_head():
     query, key = oracle.heads(3, b=1)
     mask = oracle.lists(
@@ -150,6 +165,7 @@ def test_quest_equals_the_rule():
     np.testing.assert_allclose(stats.recall, truth, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_quest_bound_holds():
     """The page with the largest logit of all is read, whatever the budget of 2."""
     query, key = oracle.heads(5, b=1, t=1, s=16, h=1, g=1)
@@ -161,6 +177,7 @@ def test_quest_bound_holds():
     assert float(stats.recall[0, 0]) > 0.99
 
 
+@pytest.mark.slow
 def test_quest_lists_with_heads_that_differ():
     query, key = oracle.heads(6, b=1, t=12, s=12)
     expr = at.per_head([at.causal(), at.everything()] * 2)
@@ -170,6 +187,7 @@ def test_quest_lists_with_heads_that_differ():
     assert np.asarray(mask.to_mask()[0, 1]).all()
 
 
+@pytest.mark.slow
 def test_hooks_carry_scores_to_the_lists():
     query, key = oracle.heads(7, b=1)
     mask = oracle.lists(at.pooled_blocks, query, key, block_shape=SHAPE, budget=2)
@@ -191,6 +209,7 @@ def test_hooks_carry_scores_to_the_lists():
         at.list_scores(scores[..., :3], mask)
 
 
+@pytest.mark.slow
 def test_double_sparsity_equals_the_rule():
     """Blocks of one: keys by the logits of the calibrated channels."""
     query, key = oracle.heads(8, b=2)
@@ -213,6 +232,7 @@ def test_double_sparsity_equals_the_rule():
     np.testing.assert_allclose(stats.recall, truth, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_double_sparsity_of_blocks_is_that_of_their_best_keys():
     query, key = oracle.heads(9, b=1)
     channels = jnp.tile(jnp.arange(8), (4, 1))
@@ -234,6 +254,7 @@ def test_double_sparsity_of_blocks_is_that_of_their_best_keys():
         np.testing.assert_array_equal(np.flatnonzero(mask.to_blocks()[0, h, i]), kept)
 
 
+@pytest.mark.slow
 def test_twilight_equals_the_rule():
     query, key = oracle.heads(10, b=1)
     base = oracle.lists(at.pooled_blocks, query, key, block_shape=SHAPE, budget=5)
@@ -262,6 +283,7 @@ def test_twilight_arguments_that_are_refused(p, bits):
         at.twilight(x, x, base, p=p, bits=bits)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("vertical, slash, last", [(3, 2, 5), (1, 1, 99)])
 def test_vertical_slash_equals_the_rule(vertical, slash, last):
     query, key = oracle.heads(11, b=1)
@@ -295,6 +317,7 @@ def test_vertical_slash_equals_the_rule(vertical, slash, last):
     np.testing.assert_allclose(stats.recall, truth, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_sparsed_equals_the_rule_and_is_reused():
     """Half of the two prompt blocks, half of the five others; then the same again."""
     query, key = oracle.heads(12, b=1)

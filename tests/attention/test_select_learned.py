@@ -67,6 +67,7 @@ def test_seer_equals_the_rule():
     )
 
 
+@pytest.mark.slow
 def test_seer_loss_is_a_divergence_that_training_lowers():
     query, key = oracle.heads(2, b=1)
     expr, sizes = at.causal(), dict(shape=(T, T), block_shape=SHAPE)
@@ -138,6 +139,7 @@ def test_routing_equals_the_rule():
     np.testing.assert_allclose(stats.recall, truth, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_routing_leaves_out_blocks_that_share_nothing():
     """Tokens of two kinds, one after the other: half of the blocks."""
     x = jnp.zeros((1, 16, 1, 2)).at[:, :8, :, 0].set(1.0).at[:, 8:, :, 1].set(1.0)
@@ -170,6 +172,7 @@ def test_centroids_run_after_their_members():
             np.testing.assert_allclose(new[h, c], want, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "centroids, window, match",
     [
@@ -210,6 +213,7 @@ def test_sparsifiner_equals_the_rule():
         at.sparsifiner(query, key[:, 1:], found, budget=2)
 
 
+@pytest.mark.slow
 def test_sparsifiner_learns_from_the_target():
     """Its logits of blocks have a gradient, panels and short blocks included."""
     query, key = oracle.heads(10, b=1)

@@ -35,6 +35,7 @@ def elements(kept, size, s):
     return np.repeat(kept, size, axis=-1)[..., :s]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("budget, count", [(1, 1), (0.4, 3), (at.Tokens(9), 3)])
 def test_moba_budgets(budget, count):
     query, key = oracle.heads(1, b=1)
@@ -58,6 +59,7 @@ def test_moba_equals_the_rule_for_every_query():
     np.testing.assert_allclose(stats.recall, truth, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_moba_decodes_as_it_read():
     """The last queries alone, from a traced offset, choose as in the whole."""
     query, key = oracle.heads(2, b=1)
@@ -73,6 +75,7 @@ def test_moba_decodes_as_it_read():
         )
 
 
+@pytest.mark.slow
 def test_moba_capacity_keeps_what_most_queries_chose():
     query, key = oracle.heads(3, b=1)
     kept = moba_rule(query, key, 3, SHAPE[1])
@@ -99,6 +102,7 @@ def test_moba_ties_go_to_the_lowest_block():
     )
 
 
+@pytest.mark.slow
 def test_moba_needs_no_dense_array():
     """Lists for 64k tokens in panels of 1024 queries by 512 blocks.
 
@@ -148,7 +152,11 @@ def nsa_rule(query, key, count, size, length, stride, initial, local):
 
 @pytest.mark.parametrize(
     "size, length, stride, initial, local, count",
-    [(4, 4, 4, 1, 2, 4), (4, 4, 2, 1, 1, 3), (2, 4, 2, 0, 1, 3)],
+    [
+        (4, 4, 2, 1, 1, 3),
+        pytest.param(4, 4, 4, 1, 2, 4, marks=pytest.mark.slow),
+        pytest.param(2, 4, 2, 0, 1, 3, marks=pytest.mark.slow),
+    ],
 )
 def test_nsa_equals_the_rule(size, length, stride, initial, local, count):
     query, key = oracle.heads(4, b=1, t=22, s=22)
@@ -172,6 +180,7 @@ def test_nsa_equals_the_rule(size, length, stride, initial, local, count):
     np.testing.assert_allclose(stats.recall, truth, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_nsa_takes_learned_keys():
     """Keys of an MLP choose; the MLP is position, GELU and two products."""
     query, key = oracle.heads(5, b=1, t=12, s=12)

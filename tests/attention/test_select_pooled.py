@@ -94,7 +94,13 @@ BUDGETS = {
 }
 
 
-@pytest.mark.parametrize("name", BUDGETS)
+QUICK = ("three", "top-p", "threshold")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in BUDGETS],
+)
 def test_equals_the_rule(name):
     budget, rule = BUDGETS[name]
     query, key = oracle.heads(1, b=1)
@@ -139,6 +145,7 @@ def test_density_is_within_a_block_of_the_budget():
     np.testing.assert_array_equal(mask.to_blocks(), blocks)
 
 
+@pytest.mark.slow
 def test_capacity_keeps_the_best_and_counts_the_rest():
     query, key = oracle.heads(3, b=1)
     full = oracle.lists(
@@ -155,6 +162,7 @@ def test_capacity_keeps_the_best_and_counts_the_rest():
     np.testing.assert_array_equal(stats.overflow, lost)
 
 
+@pytest.mark.slow
 def test_ties_go_to_the_lowest_index():
     zeros = jnp.zeros((1, 8, 1, 4))
     mask = oracle.lists(at.pooled_blocks, zeros, zeros, block_shape=(2, 2), budget=2)
@@ -162,6 +170,7 @@ def test_ties_go_to_the_lowest_index():
     np.testing.assert_array_equal(mask.to_blocks()[0, 0], own_and_first)
 
 
+@pytest.mark.slow
 def test_offset_of_a_decoded_query():
     """The last 3 queries of 21 alone: the keys of blocks 6 are their own."""
     query, key = oracle.heads(4, b=1)
@@ -176,6 +185,7 @@ def test_offset_of_a_decoded_query():
     )
 
 
+@pytest.mark.slow
 def test_segments_are_not_crossed():
     query, key = oracle.heads(5, b=1)
     ids = np.array([0] * 10 + [1] * 11)
@@ -196,6 +206,7 @@ def test_segments_are_not_crossed():
     )
 
 
+@pytest.mark.slow
 def test_heads_of_an_expression():
     """per_head over the query heads, lists of their own."""
     query, key = oracle.heads(6, b=1, h=2, g=1)
@@ -276,6 +287,7 @@ def test_arguments_that_are_refused(change, match):
         at.pooled_blocks(**call)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pool", ["max", "sum"])
 def test_block_probabilities(pool):
     query, key = oracle.heads(11, b=1, s=17)

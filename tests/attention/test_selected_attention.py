@@ -37,7 +37,10 @@ SELECTORS = {
 }
 
 
-@pytest.mark.parametrize("name", SELECTORS)
+@pytest.mark.parametrize(
+    "name",
+    ["moba", *(pytest.param(n, marks=pytest.mark.slow) for n in ("pooled", "quest"))],
+)
 def test_masks_made_inside_jit(name):
     """No mask object of a peer could be: splash refuses a traced mask in its maker."""
     query, key = oracle.heads(1, b=1)
@@ -53,6 +56,7 @@ def test_masks_made_inside_jit(name):
     np.testing.assert_allclose(out, want, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_block_that_all_queries_choose():
     """Six entries by key block, two by query block: gradients miss none of them."""
     query, key = oracle.heads(12, b=1, t=24, s=24, h=2, g=1)
@@ -72,6 +76,7 @@ def test_a_block_that_all_queries_choose():
     np.testing.assert_allclose(grad[:, :, 0], want, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_straight_through_reaches_the_scores():
     """The gradient of a kept block's score is that of its logits' common shift."""
     query, key = oracle.heads(3, b=1, t=8, s=8, h=2, g=2)
@@ -106,6 +111,7 @@ def test_straight_through_reaches_the_scores():
         np.testing.assert_allclose(found[place], slope, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_native_sparse_attention_is_three_branches():
     """Groups of two heads: the published kernels want sixteen."""
     query, key = oracle.heads(5, b=1)
@@ -150,6 +156,7 @@ def test_native_sparse_attention_is_three_branches():
     assert all(np.abs(g).max() > 0 for g in jax.tree.leaves(grads))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("causal", [True, False])
 def test_routing_attention_is_the_mean_over_clusters(causal):
     query, key = oracle.heads(8, b=1)
@@ -181,6 +188,7 @@ def test_gates_that_do_not_fit_are_refused():
         ops.native_sparse_attention(query, key, key, jnp.zeros((1, T, 4, 2)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("causal", [True, False])
 def test_combiner_equals_the_rule(causal):
     """One softmax over the own block's keys and the other blocks' largest entries."""
@@ -211,6 +219,7 @@ def test_combiner_equals_the_rule(causal):
     assert all(np.isfinite(g).all() for g in pull(jnp.ones_like(out)))
 
 
+@pytest.mark.slow
 def test_scatterbrain_equals_the_rule():
     """exp in the listed blocks, features elsewhere, one denominator."""
     query, key = oracle.heads(17, b=1)
@@ -238,6 +247,7 @@ def test_scatterbrain_equals_the_rule():
     assert all(np.isfinite(g).all() for g in pull(jnp.ones_like(out)))
 
 
+@pytest.mark.slow
 def test_scatterbrain_estimates_attention():
     """Many features and no listed block but a query's own: near the dense result."""
     query, key = oracle.heads(19, b=1, h=2, g=2)
