@@ -234,7 +234,7 @@ class Program:
             *((listed, self.block) if self.by_key else (self.block, listed)),
             packed & 1,
             exists,
-            jnp.where(exists, self.config.keys, 0),
+            jnp.where(exists, jnp.int32(self.config.keys), zero()),
             self.bias[0][0, place] if self.bias else None,
         )
 

@@ -371,6 +371,9 @@ def _threshold(lse, logits):
 
 # --- Inside the kernels ---------------------------------------------------------------
 
+# Constants have a type of 32 bits, also where Python's numbers are of 64.
+_f32 = jnp.float32
+
 
 class _Logits(NamedTuple):
     """Products to logits: scaled, capped, with the block's bias."""
@@ -389,10 +392,10 @@ class _Logits(NamedTuple):
         """(logit, its derivative by the scaled product or None)."""
         if self.factor != _LOG2E:
             return product, None
-        logit, slope = product * self.scale, None
+        logit, slope = product * _f32(self.scale), None
         if self.soft_cap is not None:
-            bent = jnp.tanh(logit * (1 / self.soft_cap))
-            logit, slope = bent * self.soft_cap, 1 - bent * bent
+            bent = jnp.tanh(logit * _f32(1 / self.soft_cap))
+            logit, slope = bent * _f32(self.soft_cap), _f32(1) - bent * bent
         return (logit + bias if self.bias else logit), slope
 
 
@@ -400,8 +403,8 @@ def _forward_kernel(program, *, logits, widen):
     [q_ref], [out_ref, lse_ref] = program.tiles, program.outs
     k_held, v_held, *elements = program.held
     max_ref, sum_ref, out_sums = program.sums
-    factor = logits.factor
-    max_ref[...] = jnp.full(max_ref.shape, _LEAST, jnp.float32)
+    factor = _f32(logits.factor)
+    max_ref[...] = jnp.full(max_ref.shape, _f32(_LEAST))
     sum_ref[...] = jnp.zeros_like(sum_ref)
     out_sums[...] = jnp.zeros_like(out_sums)
 
@@ -415,7 +418,7 @@ def _forward_kernel(program, *, logits, widen):
                     for u, product in _panels(products, entries)
                 ]
                 if masked:
-                    z = _masked(program, entries, elements, slot, part, z, _FORBIDDEN)
+                    z = _masked(program, entries, elements, slot, part, z)
                 old = max_ref[part]
                 new = functools.reduce(jnp.maximum, z)
                 new = jnp.maximum(old, jnp.max(new, axis=1, keepdims=True))
@@ -432,11 +435,11 @@ def _forward_kernel(program, *, logits, widen):
     program.walk(step)
     for part in _parts(q_ref, program.config.rows):
         sums = jnp.sum(sum_ref[part], axis=1, keepdims=True)
-        some = sums > 0
-        inverse = jnp.where(some, 1 / jnp.where(some, sums, 1.0), 0.0)
+        some = sums > _f32(0)
+        inverse = jnp.where(some, _f32(1) / jnp.where(some, sums, _f32(1)), _f32(0))
         out_ref[part] = (out_sums[part] * inverse).astype(out_ref.dtype)
-        least = max_ref[part] * (factor / _LOG2E)
-        max_ref[part] = jnp.where(some, least + jnp.log(sums), -jnp.inf)
+        least = max_ref[part] * _f32(logits.factor / _LOG2E)
+        max_ref[part] = jnp.where(some, least + jnp.log(sums), _f32(-jnp.inf))
     lse_ref[...] = _flat(max_ref[...]).T[:1]
 
 
@@ -457,7 +460,7 @@ def _backward_q_kernel(program, *, logits, scale, widen):
     def step(slot, entries):
         def compute(masked):
             k, v = (_flat(held[slot]) for held in (k_held, v_held))
-            sums = [0.0] * len(entries)
+            sums = [_f32(0)] * len(entries)
             for part in _parts(q_ref, program.config.rows):
                 own = _own(part, q_ref)
                 lse, delta = lse_ref[own], delta_ref[own]
@@ -469,12 +472,12 @@ def _backward_q_kernel(program, *, logits, scale, widen):
                 ]
                 z = [logit for logit, _ in bent]
                 if masked:
-                    z = _masked(program, entries, elements, slot, part, z, _FORBIDDEN)
+                    z = _masked(program, entries, elements, slot, part, z)
                 dz = []
                 for a, (_, slope), (u, b) in zip(
                     z, bent, _panels(dp, entries), strict=True
                 ):
-                    d = jnp.exp2((a - lse) * logits.factor) * (b - delta)
+                    d = jnp.exp2((a - lse) * _f32(logits.factor)) * (b - delta)
                     if dbias_ref:
                         sums[u] += jnp.sum(d, axis=0, keepdims=True)
                     dz.append((d if slope is None else d * slope).astype(k.dtype))
@@ -489,7 +492,7 @@ def _backward_q_kernel(program, *, logits, scale, widen):
         program.masked_or_not(entries, compute)
 
     program.walk(step)
-    dq_ref[...] = (dq_sums[...] * scale).astype(dq_ref.dtype)
+    dq_ref[...] = (dq_sums[...] * _f32(scale)).astype(dq_ref.dtype)
 
 
 def _backward_kv_kernel(program, *, logits, scale, widen):
@@ -521,7 +524,7 @@ def _backward_kv_kernel(program, *, logits, scale, widen):
                             program, entries[u], elements, slot, place, own, logit
                         )
                     above = logit - lse_held[slot, u, :, own]
-                    p.append(jnp.exp2(above * logits.factor))
+                    p.append(jnp.exp2(above * _f32(logits.factor)))
                     d = p[-1] * (b - delta_held[slot, u, :, own])
                     dz.append(d if slope is None else d * slope)
                 join = lambda panels: jnp.concatenate(
@@ -536,7 +539,7 @@ def _backward_kv_kernel(program, *, logits, scale, widen):
 
     @pl.when(program.turn == program.turns - 1)
     def _():
-        dk_ref[...] = (dk_sums[...] * scale).astype(dk_ref.dtype)
+        dk_ref[...] = (dk_sums[...] * _f32(scale)).astype(dk_ref.dtype)
         dv_ref[...] = dv_sums[...].astype(dv_ref.dtype)
 
 
@@ -566,8 +569,8 @@ def _panels(products, entries):
         yield low // each, products[:, low : low + TPU_LANES]
 
 
-def _masked(program, entries, elements, slot, part, panels, other):
-    """Panels of logits with ``other`` where nothing is allowed."""
+def _masked(program, entries, elements, slot, part, panels):
+    """Panels of logits, low where an element is not allowed."""
     head, window = part
     block_k, masked = program.config.block_k, []
     [q_ref, *_] = program.tiles
@@ -587,7 +590,7 @@ def _masked(program, entries, elements, slot, part, panels, other):
             tuple(col[slot, u, :, lanes] for col in cols),
             tuple(d[slot, u, window, lanes].astype(jnp.int32) != 0 for d in dense),
         )
-        masked.append(jnp.where(allowed, panel, other))
+        masked.append(jnp.where(allowed, panel, _f32(_FORBIDDEN)))
     return masked
 
 
@@ -624,7 +627,7 @@ def _masked_by_key(program, entry, elements, slot, place, own, logit):
         tuple(column[part, : own.size] for column in program.columns),
         tuple(d[slot, u, part, lanes].astype(jnp.int32) != 0 for d in dense),
     )
-    return jnp.where(allowed, logit, _FORBIDDEN)
+    return jnp.where(allowed, logit, _f32(_FORBIDDEN))
 
 
 def _flat(tile):
