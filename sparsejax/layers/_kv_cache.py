@@ -60,7 +60,7 @@ def init_kv_cache(
     *,
     page_table: Int[Array, "b n"] | None = None,
     pages: int | None = None,
-    dtype: Any = jnp.float32,
+    dtype: Any = None,
 ) -> KVCache:
     """Makes an empty cache.
 
@@ -71,7 +71,8 @@ def init_kv_cache(
       page_table: Where each sequence's pages are, int32 ``[b, ceil(capacity / bk)]``.
         None: contiguous.
       pages: How many there are; None: ``page_table.size``.
-      dtype: In which keys and values are kept.
+      dtype: In which keys and values are kept; None: in which the layer computes, or
+        keeps its parameters. Another one is cast as a whole at every step.
 
     Returns:
       A ``KVCache`` of zeros.
@@ -100,6 +101,7 @@ def init_kv_cache(
         lead = page_table.size if pages is None else pages, side
     elif pages is not None:
         raise ValueError(f"pages: got {pages}, needed a page_table beside it")
+    dtype = dtype or spec.dtype or spec.param_dtype
     key, value = jnp.zeros((2, *lead, spec.kv_heads, spec.size), dtype)
     return KVCache(key, value, jnp.zeros(batch, jnp.int32), page_table)
 

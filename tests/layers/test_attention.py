@@ -182,7 +182,9 @@ def test_positions_inside_documents():
     spec, params, x = make(rotary_base=100.0)
     ids = jnp.array([[0] * 9 + [1] * 12, [0] * 16 + [1] * 5], jnp.int32)
     starts = jnp.array([[0] * 9 + [9] * 12, [0] * 16 + [16] * 5], jnp.int32)
-    positions = jnp.arange(T, dtype=jnp.int32) - starts
+    # Only differences count: those of the second sequence are twice as large.
+    step = jnp.array([[1], [2]], jnp.int32)
+    positions = step * (jnp.arange(T, dtype=jnp.int32) - starts)
     mask = at.causal() & at.segments(ids)
     y = layers.apply_sparse_attention(spec, params, mask, x, positions=positions)
     same = np.equal(ids[:, :, None], ids[:, None])[:, None]
@@ -330,6 +332,15 @@ def test_tokens_beyond_the_capacity_are_not_stored(paged):
         )
     else:
         assert changed.tolist() == [[False] * 7 + [True]] * 2
+
+
+def test_a_cache_is_of_the_layers_dtype():
+    """Of another one all of it would be cast at each step."""
+    spec, _, _ = make(dtype=jnp.bfloat16)
+    assert layers.init_kv_cache(spec, B, 8).key.dtype == jnp.bfloat16
+    assert layers.init_kv_cache(spec, B, 8, dtype=jnp.float32).value.dtype == np.float32
+    spec, _, _ = make(param_dtype=jnp.bfloat16)
+    assert layers.init_kv_cache(spec, B, 8).key.dtype == jnp.bfloat16
 
 
 # ---- refusals ----------------------------------------------------------------------

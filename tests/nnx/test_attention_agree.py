@@ -85,6 +85,11 @@ def test_a_mask_of_the_call_takes_the_place_of_the_modules():
     )
     own = linen.apply({"params": params}, X[:, :7])
     np.testing.assert_allclose(y[:, :7], own, atol=1e-6)
+    # Differences of positions count, and are twice as large here.
+    wide = dict(mask=mask, positions=2 * jnp.arange(T, dtype=jnp.int32))
+    others = module(X, **wide), linen.apply({"params": params}, X, **wide)
+    np.testing.assert_allclose(*others, atol=1e-6)
+    assert not np.allclose(others[0], y, atol=1e-3)
     _, stats = module(X, return_stats=True, dense=at.causal())
     # Rows of five keys: 1 block, 2, 2 of 3; whatever the heads.
     np.testing.assert_allclose(stats.density, np.full((2, 4), 5 / 9), rtol=1e-6)
