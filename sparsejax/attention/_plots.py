@@ -7,6 +7,7 @@ import numpy as np
 
 from sparsejax.attention._block_mask import BlockMask
 
+_EMPTY, _PARTIAL, _FULL = "white", "#9ecae1", "#08519c"
 _MOST_HEADS = 16
 _MOST_TICKS = 24
 _MOST_NUMBERS = 16  # columns in whose cells there is room for a number
@@ -38,7 +39,7 @@ def plot_block_mask(mask: BlockMask, *, batch: int = 0) -> Any:
       >>> print(figure.axes[0].get_title())
       head 0: 17.6%
     """
-    figure_type, colors = _matplotlib()
+    figure_type, patch_type, colors = _matplotlib()
     entries, heads = mask.kv_idx.shape[:2]
     if not 0 <= batch < entries and entries > 1:
         raise ValueError(f"batch: got {batch}, needed one of the {entries} entries")
@@ -51,11 +52,11 @@ def plot_block_mask(mask: BlockMask, *, batch: int = 0) -> Any:
     tall = min(max(nq / nk, 0.15), 3)
     wide = 4.2 if columns == 1 else 2.6
     figure = figure_type(
-        figsize=(wide * columns + 0.6, (wide * tall + 0.6) * rows + 0.5),
+        figsize=(wide * columns + 0.6, (0.9 * wide * tall + 0.45) * rows + 0.8),
         layout="constrained",
     )
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
-    shades = colors.ListedColormap(["white", "#9ecae1", "#08519c"])
+    shades = colors.ListedColormap([_EMPTY, _PARTIAL, _FULL])
     for head, (axis, blocks) in enumerate(zip(axes, state, strict=False)):
         axis.imshow(
             blocks,
@@ -72,6 +73,17 @@ def plot_block_mask(mask: BlockMask, *, batch: int = 0) -> Any:
         axis.tick_params(labelsize="small", length=2)
     for axis in axes[len(state) :]:
         axis.set_visible(False)
+    figure.legend(
+        handles=[
+            patch_type(facecolor=_FULL, label="in full"),
+            patch_type(facecolor=_PARTIAL, label="in part"),
+            patch_type(facecolor=_EMPTY, edgecolor="0.6", label="not computed"),
+        ],
+        loc="outside upper center",
+        ncols=3,
+        fontsize="small",
+        frameon=False,
+    )
     figure.supxlabel(f"block of {mask.block_shape[1]} keys", fontsize="medium")
     figure.supylabel(f"block of {mask.block_shape[0]} queries", fontsize="medium")
     return figure
@@ -100,23 +112,25 @@ def plot_heads(stats: Any, *, rows: str = "layer") -> Any:
       >>> print([axis.get_title() for axis in figure.axes[:2]])
       ['density, mean 10.0%', 'recall, mean 90.0%']
     """
-    figure_type, _ = _matplotlib()
+    figure_type, *_ = _matplotlib()
     names, density, recall = _tables(stats)
     count, heads = density.shape
     height = min(max(2.4, 1.6 + 0.32 * count), 9)
     width = min(max(7.0, 3.2 + 0.84 * heads), 16)
     figure = figure_type(figsize=(width, height), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
-    for axis, table, title, shades in (
-        (axes[0], density, "density", "Blues"),
-        (axes[1], recall, "recall", "Greens"),
+    # Densities are small: their scale ends at the largest, that of recall at 1.
+    densest = max(np.nanmax(density, initial=0.0), 0.01)
+    for axis, table, title, shades, most in (
+        (axes[0], density, "density", "Blues", densest),
+        (axes[1], recall, "recall", "Greens", 1.0),
     ):
         axis.set_facecolor("0.85")  # what is not finite
         image = axis.imshow(
             table,
             cmap=shades,
             vmin=0,
-            vmax=1,
+            vmax=most,
             aspect="auto",
             interpolation="nearest",
         )
@@ -128,7 +142,7 @@ def plot_heads(stats: Any, *, rows: str = "layer") -> Any:
                     ha="center",
                     va="center",
                     fontsize="x-small",
-                    color="white" if table[row, head] > 0.6 else "0.25",
+                    color="white" if table[row, head] > 0.6 * most else "0.25",
                 )
         mean = np.nanmean(table) if np.isfinite(table).any() else np.nan
         axis.set_title(f"{title}, mean {mean:.1%}", fontsize="medium")
@@ -182,9 +196,10 @@ def _matplotlib() -> Any:
     try:
         from matplotlib import colors
         from matplotlib.figure import Figure
+        from matplotlib.patches import Patch
     except ImportError as error:
         raise ImportError(
             "plots need matplotlib, which the extra named plot installs: "
             "pip install 'sparsejax[plot]'"
         ) from error
-    return Figure, colors
+    return Figure, Patch, colors
