@@ -193,23 +193,28 @@ class BlockMask:
 
     def transposed(self) -> TransposedLists:
         """The lists by key block. One sort of nq * capacity numbers; may be traced."""
-        nk = self.grid[1]
-        lead = self.kv_idx.shape[:2]
+        valid, nk = self._valid(), np.int32(self.grid[1])
+        idx, full = host(self.kv_idx), host(self.kv_full)
+        xp = space(valid, idx, full)
         # Padding sorts behind every key block.
-        key = jnp.where(self._valid(), self.kv_idx, jnp.int32(nk)).reshape(*lead, -1)
+        key = xp.where(valid, idx, nk).reshape(*idx.shape[:2], -1)
         # Stable, so the query blocks of a key block stay in order.
-        slot = jnp.argsort(key, axis=-1, stable=True).astype(jnp.int32)
-        full = jnp.take_along_axis(self.kv_full.reshape(key.shape), slot, axis=-1)
-        return TransposedLists(slot // self.capacity, full, _pointers(key, nk), slot)
+        slot = xp.argsort(key, axis=-1, stable=True).astype(np.int32)
+        full = xp.take_along_axis(full.reshape(key.shape), slot, axis=-1)
+        ends = self._spread(valid).sum(-2, dtype=np.int32).cumsum(-1, dtype=np.int32)
+        ptr = xp.pad(ends, [(0, 0), (0, 0), (1, 0)])
+        lists = slot // np.int32(self.capacity), full, ptr, slot
+        return TransposedLists(*(jnp.asarray(x) for x in lists))
 
     def _valid(self) -> Any:
         return np.arange(self.capacity, dtype=np.int32) < host(self.kv_cnt)[..., None]
 
     def _spread(self, flags: Any) -> Any:
         """Flags of the places in the lists, as ``[b|1, h|1, nq, nk]``."""
-        nk, xp = self.grid[1], space(flags)
+        nk, idx = self.grid[1], host(self.kv_idx)
+        xp = space(flags, idx)
         # One column more, for what is not to be seen.
-        where = xp.where(flags, host(self.kv_idx), np.int32(nk))
+        where = xp.where(flags, idx, np.int32(nk))
         blocks = xp.zeros((*flags.shape[:-1], nk + 1), bool)
         if xp is np:
             np.put_along_axis(blocks, where, True, -1)
@@ -302,16 +307,6 @@ def _listed(some, every, expr, shape, block_shape, capacity, most) -> BlockMask:
         block_shape,
         jnp.asarray((count - listed).sum(-1, dtype=np.int32)),
     )
-
-
-def _pointers(key: Array, nk: int) -> Array:
-    """How many keys are below 0, 1, ..., nk; int32 ``[b|1, h|1, nk + 1]``."""
-    flat = key.reshape(-1, key.shape[-1])
-    rows = jnp.arange(flat.shape[0], dtype=jnp.int32)[:, None]
-    counts = jnp.zeros((flat.shape[0], nk + 1), jnp.int32)
-    # Column k + 1 counts key k; padding is nk and falls off.
-    counts = counts.at[rows, flat + 1].add(1, mode="drop")
-    return jnp.cumsum(counts, axis=-1, dtype=jnp.int32).reshape(*key.shape[:2], nk + 1)
 
 
 def _pair(name: str, given: Any) -> tuple[int, int]:
