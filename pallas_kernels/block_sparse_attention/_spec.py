@@ -118,6 +118,7 @@ class Config:
     stages: GPU: depth of the copy pipeline.
     tile: GPU: positions that one step meets, of a listed block.
     warpgroups: GPU: warpgroups that compute, 64 rows each.
+    split: GPU, backward_kv: of two warpgroups one sums for dk, the other for dv.
     """
 
     keys: int
@@ -130,6 +131,7 @@ class Config:
     stages: int = 2
     tile: int = 64
     warpgroups: int = 1
+    split: bool = False
 
 
 # --- TPU: Pallas Mosaic -------------------------------------------------------------
@@ -281,8 +283,6 @@ def check_mosaic_gpu(problem: Problem, chip: str | None) -> None:
         raise NotImplementedError(
             f"mosaic_gpu: chip is {chip}, needs a Hopper GPU (h100, h200)"
         )
-    if problem.op != "forward":
-        raise NotImplementedError(f"mosaic_gpu: op is {problem.op}, needs forward")
     if problem.dtype not in ("bfloat16", "float16"):
         raise NotImplementedError(
             f"mosaic_gpu: dtype is {problem.dtype}, needs bfloat16 or float16"
@@ -300,39 +300,71 @@ def check_mosaic_gpu(problem: Problem, chip: str | None) -> None:
             )
     for name in ("d", "dv"):
         size = getattr(problem, name)
-        if size % 64 or not 64 <= size <= 256:
-            raise NotImplementedError(
-                f"mosaic_gpu: {name} is {size}, needs a multiple of 64 from 64 to 256"
-            )
+        if size not in (64, 128):
+            raise NotImplementedError(f"mosaic_gpu: {name} is {size}, needs 64 or 128")
     if problem.dense:
         raise NotImplementedError(f"mosaic_gpu: dense is {problem.dense}, needs 0")
+    if problem.paged and problem.op != "forward":
+        raise NotImplementedError(f"mosaic_gpu: pages have no {problem.op}")
+    config = config_mosaic_gpu(problem, chip)
+    needed = smem_mosaic_gpu(problem, config)
+    if needed > _HOPPER_SMEM:
+        raise NotImplementedError(
+            f"mosaic_gpu: rows is {problem.rows}, cols is {problem.cols}, with head "
+            f"sizes {problem.d} and {problem.dv} {problem.op} takes {needed} bytes of "
+            f"shared memory, needs at most {_HOPPER_SMEM}"
+        )
 
 
 def config_mosaic_gpu(problem: Problem, chip: str | None) -> Config:
-    """Picks the tiles of the Hopper kernels; h100 and h200 differ in memory only."""
+    """Picks the tiles of the Hopper kernels; h100 and h200 differ in memory only.
+
+    By registers and shared memory, not yet by measurement: two computing warpgroups
+    where they fit, of one block or of two heads that share one.
+    """
     del chip
-    across = 2 if problem.block_q % (2 * HOPPER_ROWS) == 0 else 1
+    by_keys = problem.op == "backward_kv"
+    block, step = problem.block_q, problem.block_k
+    if by_keys:
+        block, step = step, block
+    across = 2 if block % (2 * HOPPER_ROWS) == 0 else 1
     share = problem.h // math.lcm(problem.h_kv, problem.mask_h)
-    group = 2 if across == 1 and share % 2 == 0 else 1
-    config = Config(
-        problem.s,
-        problem.block_q,
-        problem.block_k,
-        group=group,
-        warpgroups=across * group,
-    )
-    wide = problem.block_k % 128 == 0 and max(problem.d, problem.dv) <= 128
-    config = dataclasses.replace(config, tile=128 if wide else 64)
-    while smem_mosaic_gpu(problem, config) <= _HOPPER_SMEM and config.stages < 4:
-        config = dataclasses.replace(config, stages=config.stages + 1)
-    if smem_mosaic_gpu(problem, config) > _HOPPER_SMEM:
-        config = dataclasses.replace(config, stages=config.stages - 1)
+    group = 2 if across == 1 and share % 2 == 0 and not by_keys else 1
+    config = Config(problem.s, problem.block_q, problem.block_k)
+    # By ptxas: logits of a forward step are 64 registers with a tile of 128, which fits
+    # beside sums of 128 columns, but not if operands are asked. The backward kernels
+    # have two such arrays; sums for keys and values fit together for heads of 64.
+    heads = max(problem.d, problem.dv)
+    most = 64 if problem.rows or problem.cols else 128
+    wide = step % 128 == 0 and heads <= (most if problem.op == "forward" else 0)
+    split = by_keys and heads > 64
+    both = 2 if split else across * group
+    for warpgroups, tile in (both, 128 if wide and both == 2 else 64), (1, 64):
+        for stages in (4, 3, 2):
+            config = dataclasses.replace(
+                config,
+                group=min(group, warpgroups),
+                warpgroups=warpgroups,
+                split=split and warpgroups == 2,
+                tile=tile,
+                stages=stages,
+            )
+            if smem_mosaic_gpu(problem, config) <= _HOPPER_SMEM:
+                return config
     return config
 
 
 def smem_mosaic_gpu(problem: Problem, config: Config) -> int:
     """Bytes of shared memory that a program takes."""
     d, dv, rows = problem.d, problem.dv, config.warpgroups * HOPPER_ROWS
-    home = rows * (2 * d + 2 * dv * (d != dv) + 4 + 4 * problem.rows)
-    stage = config.tile * (2 * (d + dv) + 4 * problem.cols * config.group)
+    both = 2 * (d + dv)
+    if problem.op == "backward_kv":
+        rows = HOPPER_ROWS if config.split else rows
+        home = rows * both
+        stage = config.tile * (both + 8 + 4 * problem.rows) + 4 * rows * problem.cols
+    else:
+        home = rows * (2 * d + 8 + 4 * problem.rows)
+        if problem.op == "backward_q" or d != dv:
+            home += rows * 2 * dv
+        stage = config.tile * (both + 4 * problem.cols * config.group)
     return _HOPPER_BARRIERS + home + config.stages * stage
