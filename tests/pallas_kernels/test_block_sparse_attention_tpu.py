@@ -343,7 +343,7 @@ CASES = {
         t=128, map="last, partial", predicate="window"
     ),
     "heads share lists": Case(h=4, h_kv=2, block=(128, 128), told=(1, 2)),
-    "few rows, folded": Case(b=2, h=6, h_kv=2, t=6, block=(2, 128), s=384),
+    "few rows, folded": Case(b=2, h=6, h_kv=2, t=6, block=(2, 384), s=500),
     "a list for each head": Case(b=2, h=4, h_kv=2, mask=(2, 4), predicate="segments"),
     "ragged": Case(t=100, s=200, predicate="window"),
     "ragged, wholly allowed": Case(t=33, s=129, predicate="all", map="all"),
@@ -394,8 +394,8 @@ def test_decoding_by_pages():
 
 
 def test_unroll_and_parts():
-    """Blocks one by one, rows in parts: steps and programs take turns at buffers."""
-    check(Case(s=512, map="all"), "float32", unroll=1, rows=32)
+    """Blocks one by one, three to a list; steps and programs take turns at buffers."""
+    check(Case(s=384, map="all"), "float32", unroll=1, rows=32)
 
 
 @pytest.mark.slow
