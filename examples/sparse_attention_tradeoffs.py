@@ -59,8 +59,14 @@ NAMES = {
     "quest": "Quest",
     "sparge": "SpargeAttn",
 }
-# The guard's default finds no two keys of a block alike in so small a model.
+# The guard's default of 0.6 takes no block's keys for alike in so small a model.
 MORE = {"sparge": {"similarity": 0.2}}
+REMARKS = {
+    "moba": "MoBA chooses for each query: a block is computed for all of its queries "
+    "where any of them chose it.",
+    "sparge": "SpargeAttn's guarded blocks come on top of its budget; their keys' "
+    "similarity is at most 0.2.",
+}
 # Told apart also without colour vision (Okabe and Ito).
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
 
@@ -68,7 +74,7 @@ COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
 def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     """Trains what is not trained, validates what is not validated, reports."""
     args, training = parse(argv)
-    out, console = args.out, rich.console.Console(width=100)
+    out, console = args.out, rich.console.Console(width=120)
     # The last flag of a name counts.
     training = [*TRAINING.split(), *training, "--out", str(out / "training")]
     folder = str(out / "checkpoints")
@@ -207,6 +213,7 @@ def report(rows, run, args, argv, source, console) -> None:
         "attention's probability on what is allowed, the mean; least head: of the "
         "layer and head that keeps least. Above full: mean and standard error over "
         "sequences.",
+        *(REMARKS[name] for name in args.selectors if name in REMARKS),
         f"Text: {source} (Python {platform.python_version()}).",
         ", ".join(f"{k} {v}" for k, v in dataclasses.asdict(config).items()) + ".",
     )
