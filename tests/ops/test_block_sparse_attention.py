@@ -118,9 +118,9 @@ def choice(name):
     return name if name in ("xla", None) else interpreted(name)
 
 
-def slowly(names):
+def slowly(names, *others):
     """The interpreted kernels' tests are marked slow."""
-    marks = lambda name: [] if name == "xla" else [pytest.mark.slow]
+    marks = lambda name: [] if name == "xla" else [pytest.mark.slow, *others]
     return [pytest.param(name, marks=marks(name)) for name in names]
 
 
@@ -231,14 +231,19 @@ REFUSED = {
 }
 
 
+def how_often(implementation, name):
+    """Marks: quick, slow, or repeating what others have each of."""
+    if implementation == "xla" and name in QUICK:
+        return []
+    repeats = name == "for_kernels" or (implementation == "xla" and "kernels" in name)
+    exhaustive = [pytest.mark.exhaustive] if repeats else []
+    return [pytest.mark.slow, *exhaustive]
+
+
 @pytest.mark.parametrize(
     ("implementation", "name"),
     [
-        pytest.param(
-            each,
-            name,
-            marks=[] if each == "xla" and name in QUICK else [pytest.mark.slow],
-        )
+        pytest.param(each, name, marks=how_often(each, name))
         for each in IMPLEMENTATIONS
         for name in CASES
     ],
@@ -259,6 +264,7 @@ def test_value_and_gradients(implementation, name):
     check(got, oracle(made, *args), low(made, *args))
 
 
+@pytest.mark.slow
 def test_in_float64_and_the_reference():
     """Both forms to the last digits, so that neither is wrong where the other is."""
     made = case("random")
@@ -283,7 +289,9 @@ def second_order(attention, made, *args):
     return jax.grad(of_gradients, tuple(range(6)))(*args)
 
 
-@pytest.mark.parametrize("implementation", slowly(IMPLEMENTATIONS))
+@pytest.mark.parametrize(
+    "implementation", slowly(IMPLEMENTATIONS, pytest.mark.exhaustive)
+)
 def test_gradient_of_gradient(implementation):
     """With lse among the results, where splash supports no second derivative."""
     name = "random" if implementation == "xla" else "kernels_f32"
@@ -299,7 +307,10 @@ def test_gradient_of_gradient(implementation):
         assert_close(out, reference, reference, eps=1e-5)
 
 
-@pytest.mark.parametrize("implementation", slowly(IMPLEMENTATIONS))
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "implementation", slowly(IMPLEMENTATIONS, pytest.mark.exhaustive)
+)
 def test_vmap(implementation):
     """More members of a batch, whose masks differ."""
     name = "heads_share" if implementation == "xla" else "kernels_f32"
@@ -357,10 +368,8 @@ def test_mask_made_inside_jit_per_head_and_no_retrace(implementation):
     def layer(x, w):
         q = jnp.einsum("bthd,de->bthe", x, w)
         means = q.reshape(2, size // block[0], block[0], 2, 32).mean(2)[..., 0]
-        wanted = (
-            means.swapaxes(1, 2)[..., None]
-            > jnp.arange(size // block[1], dtype="float32") - 0.6
-        )
+        least = 0.05 * jnp.arange(-1, size // block[1] - 1, dtype="float32")
+        wanted = means.swapaxes(1, 2)[..., None] > least
         mask = at.BlockMask.from_blocks(
             wanted, shape=(size, size), block_shape=block, expr=at.causal()
         )
@@ -387,15 +396,76 @@ def test_mask_made_inside_jit_per_head_and_no_retrace(implementation):
             x = x + jnp.einsum("bhts,bshd->bthd", p, x)
         return jnp.sum(jnp.square(x))
 
-    densities = []
-    for x_ in (x, 0.3 * x):
+    seen = []
+    for x_ in (x, -x):
         (loss, masks), dw = loss_and_gradient(x_, w)
-        densities.append(float(masks.mean()))
+        seen.append(np.asarray(masks))
         want, dwant = jax.jit(jax.value_and_grad(dense, 1))(x_, w, masks)
         np.testing.assert_allclose(loss, want, rtol=1e-5)
         np.testing.assert_allclose(dw, dwant, atol=1e-4 * np.abs(dwant).max())
     assert len(traces) == 1
-    assert densities[0] != densities[1]
+    assert (seen[0] != seen[1]).any()
+
+
+@pytest.mark.slow
+def test_a_function_of_positions_is_for_xla_alone():
+    fn = lambda b, h, i, j: ((i + j + h) % 3 != 0) & (i > b)
+    mask = at.block_mask(
+        at.from_function(fn, batch=2, heads=4), 12, 12, block_shape=(4, 4)
+    )
+    b, h, i, j = np.indices((2, 4, 12, 12))
+    made = Case((2, 12, 12, 4, 2, 8, 8), mask, fn(b, h, i, j))
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), "float32")
+    q, k = draw(2, 12, 4, 8), draw(2, 12, 2, 8)
+    args = q, k, k, None, draw(2, 12, 4, 8), draw(2, 12, 4)
+    run = jax.jit(functools.partial(value_and_gradients, block_sparse_attention, made))
+    check(run(*args), oracle(made, *args), low(made, *args))
+    with pytest.raises(NotImplementedError, match="mosaic_tpu: .* from_function"):
+        block_sparse_attention(q, k, k, mask, implementation="mosaic_tpu")
+
+
+def random_expression(rng, t, s, depth):
+    """(expression, the same of numpy)."""
+    i, j = positions(t, s)
+    if depth and rng.random() < 0.8:
+        left, x = random_expression(rng, t, s, depth - 1)
+        right, y = random_expression(rng, t, s, depth - 1)
+        return [(left & right, x & y), (left | right, x | y), (~left, ~x)][
+            rng.integers(3)
+        ]
+    n = int(rng.integers(1, 12))
+    ids, of = np.sort(rng.integers(0, 4, t)), np.sort(rng.integers(0, 4, s))
+    given = rng.random((2, 4, t, s)) < 0.5
+    segments = at.segments(jnp.asarray(ids), jnp.asarray(of))
+    return [
+        (at.causal(), i >= j),
+        (at.sliding_window(n), abs(i - j) < n),
+        (at.strided(n), (i - j) % n == 0),
+        (at.global_tokens(n), (i < n) | (j < n)),
+        (segments, ids[:, None] == of[None]),
+        (at.from_array(jnp.asarray(given)), given),
+        (
+            at.per_head([at.causal(), at.sliding_window(n)] * 2),
+            np.stack([i >= j, abs(i - j) < n] * 2)[None],
+        ),
+    ][rng.integers(7)]
+
+
+@pytest.mark.slow
+@pytest.mark.exhaustive
+def test_random_expressions():
+    rng = np.random.default_rng(7)
+    for n in range(12):
+        t, s = (int(x) for x in rng.integers(5, 40, 2))
+        expr, allowed = random_expression(rng, t, s, depth=4)
+        mask = at.block_mask(expr, t, s, block_shape=(8, 8))
+        made = Case((2, t, s, 4, (1, 2, 4)[n % 3], 8, 8), mask, spread(allowed, 2, 4))
+        draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), "float32")
+        q, k = draw(2, t, 4, 8), draw(2, s, made.sizes[4], 8)
+        args = q, k, k, None, draw(2, t, 4, 8), draw(2, t, 4)
+        fn = functools.partial(value_and_gradients, block_sparse_attention, made)
+        check(jax.jit(fn)(*args), oracle(made, *args), low(made, *args))
 
 
 # --- Many devices ---------------------------------------------------------------------
@@ -431,7 +501,11 @@ def test_batch_and_heads_over_devices(kind):
     [
         ("ring", "over_devices"),
         pytest.param("gather", "over_devices", marks=pytest.mark.slow),
-        pytest.param("ring", "causal_over_devices", marks=pytest.mark.slow),
+        pytest.param(
+            "ring",
+            "causal_over_devices",
+            marks=[pytest.mark.slow, pytest.mark.exhaustive],
+        ),
     ],
 )
 def test_sequence_over_devices(exchange, name):
