@@ -64,8 +64,8 @@ MORE = {"sparge": {"similarity": 0.2}}
 REMARKS = {
     "moba": "MoBA chooses for each query: a block is computed for all of its queries "
     "where any of them chose it.",
-    "sparge": "SpargeAttn's guarded blocks come on top of its budget; their keys' "
-    "similarity is at most 0.2.",
+    "sparge": "SpargeAttn's guarded blocks, those whose queries or keys have a "
+    "similarity of at most 0.2, come on top of its budget.",
 }
 # Told apart also without colour vision (Okabe and Ito).
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
