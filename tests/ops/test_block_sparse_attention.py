@@ -501,11 +501,7 @@ def test_batch_and_heads_over_devices(kind):
     [
         ("ring", "over_devices"),
         pytest.param("gather", "over_devices", marks=pytest.mark.slow),
-        pytest.param(
-            "ring",
-            "causal_over_devices",
-            marks=[pytest.mark.slow, pytest.mark.exhaustive],
-        ),
+        pytest.param("ring", "causal_over_devices", marks=pytest.mark.slow),
     ],
 )
 def test_sequence_over_devices(exchange, name):
