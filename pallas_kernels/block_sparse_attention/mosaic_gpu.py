@@ -105,7 +105,6 @@ def forward(
         def one(step, slot, carry):
             out, high, total = carry
             streams[0].wait(slot)
-
             z = _product(q_smem.at[mine], k_smem.at[slot], shape, turn)
             z, _ = _logits(z, scale, soft_cap, step.bias)
             rows = [ref.at[mine] for ref in rows_smem]
@@ -154,7 +153,7 @@ def forward(
         plgpu.Barrier(num_arrivals=2) if warpgroups == 2 else None,
         _spare(q.dtype, config, interpret),
     ]
-    return _launch(
+    out, lse = _launch(
         body,
         ins,
         [
@@ -169,6 +168,7 @@ def forward(
         config=config,
         interpret=interpret,
     )
+    return out, lse
 
 
 def backward_q(

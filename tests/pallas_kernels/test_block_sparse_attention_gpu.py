@@ -122,9 +122,25 @@ class Case:
         config = _spec.config_mosaic_gpu(problem, "h200")
         return dataclasses.replace(config, **changes)
 
-    def forward(self, interpret, **changes):
+    def pages(self):
+        """k and v as pages in some order, and where each block is."""
+        nk = self.k.shape[2] // self.block_k
+        order = self.rng.permutation(self.b * nk + 1)[: self.b * nk]
+
+        def paged(x):
+            b, h_kv, _, size = x.shape
+            x = x.reshape(b, h_kv, nk, self.block_k, size).swapaxes(1, 2)
+            pages = jnp.full((b * nk + 1, *x.shape[2:]), jnp.nan, x.dtype)
+            return pages.at[order].set(x.reshape(b * nk, *x.shape[2:]))
+
+        table = jnp.asarray(order.reshape(self.b, nk), jnp.int32)
+        return paged(self.k), paged(self.v), table
+
+    def forward(self, interpret, paged=False, **changes):
+        k, v, table = self.pages() if paged else (self.k, self.v, None)
         return mosaic_gpu.forward(
-            *(self.q, self.k, self.v, self.lists, self.elements),
+            *(self.q, k, v, self.lists, self.elements),
+            page_table=table,
             scale=self.scale,
             soft_cap=self.soft_cap,
             block_bias=self.block_bias,
@@ -287,14 +303,28 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+# Heads packed and not, sums for keys and values by one warpgroup and by two, one step
+# per block and two, operands, a cap, a bias.
+QUICK = "capped", "documents"
+NAMES = [
+    pytest.param(name, marks=() if name in QUICK else pytest.mark.slow)
+    for name in CASES
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_forward(name, interpret):
     CASES[name].check_forward(interpret)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", NAMES)
 def test_backward(name, interpret):
     CASES[name].check_backward(interpret)
+
+
+def test_pages(interpret):
+    case = Case(b=2, t=70, s=150, block_k=128, predicate=everything, seed=1)
+    case.check_forward(interpret, paged=True)
 
 
 # --- What is refused, and tiles -------------------------------------------------------
