@@ -409,7 +409,7 @@ def _reduced(mask: Any, block_shape: tuple[int, int]) -> tuple[Any, Any]:
     (bq, bk), found = block_shape, []
     for edge, reduce in ((False, "any"), (True, "all")):
         pad = [(0, 0), (0, 0), (0, -t % bq), (0, -s % bk)]
-        xp = jnp if isinstance(mask, jax.Array) else np
+        xp = space(mask)
         whole = xp.pad(mask, pad, constant_values=edge) if t % bq or s % bk else mask
         tiles = whole.reshape(*mask.shape[:2], -(-t // bq), bq, -(-s // bk), bk)
         found.append(getattr(tiles, reduce)(axis=(3, 5)))
@@ -423,15 +423,16 @@ def checked_number(name: str, given: Any, least: int | None = None) -> Number:
         if least is not None and given < least:
             raise ValueError(f"{name}: got {given}, needed at least {least}")
         return given
-    if not hasattr(given, "dtype") or not jnp.issubdtype(given.dtype, jnp.integer):
-        raise ValueError(f"{name}: got {given!r}, needed an int or an array of ints")
-    if given.ndim > 2:
-        raise ValueError(f"{name}: got shape {given.shape}, needed [], [b] or [b, h]")
-    if least is not None and not isinstance(given, jax.core.Tracer):
-        if given.size and np.asarray(given).min() < least:
-            raise ValueError(f"{name}: got {given}, needed at least {least}")
-    whole = given.astype(np.int32)
-    return whole.reshape(-1, 1) if whole.ndim < 2 else whole
+    array: Any = given
+    if not hasattr(array, "dtype") or not jnp.issubdtype(array.dtype, jnp.integer):
+        raise ValueError(f"{name}: got {array!r}, needed an int or an array of ints")
+    if array.ndim > 2:
+        raise ValueError(f"{name}: got shape {array.shape}, needed [], [b] or [b, h]")
+    if least is not None and not isinstance(array, jax.core.Tracer):
+        if array.size and np.asarray(array).min() < least:
+            raise ValueError(f"{name}: got {array}, needed at least {least}")
+    array = array.astype(np.int32)
+    return array.reshape(-1, 1) if array.ndim < 2 else array
 
 
 def _ids(name: str, ids: Any) -> Shaped[Any, "..."]:

@@ -1,6 +1,7 @@
 """More mask expressions: strides, blocks, prefixes, BigBird's random blocks."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -102,7 +103,9 @@ class _RandomBlocks(Expression):
         first, nq = value(at.queries) // bq, (at.t - 1) // bq + 2
         nk = max(-(-end // bk), 1)
         count = min(self.count, nk)
-        chosen = host(_drawn(self.key, first, nq, nk, count))  # [b|1, h|1, nq, count]
+        chosen = host(
+            _drawn(self.key, along(first), nq, nk, count)
+        )  # [b|1, h|1, nq, count]
         above = at.i // bq - along(first)
         col = at.col(at.j // bk, self.key)
         condition = pred.Not(pred.Always())
@@ -294,14 +297,15 @@ def random_blocks(
     return _RandomBlocks(key[None, None], int(count), pair)
 
 
-def _drawn(keys: Any, first: Any, nq: int, nk: int, count: int) -> Array:
+@functools.partial(jax.jit, static_argnums=(2, 3, 4))
+def _drawn(keys: Any, first: Any, nq: int, nk: int, count: int) -> Any:
     """``count`` of nk blocks for nq blocks of queries, int32 [b|1, h|1, nq, count]."""
 
     def one(key, block):
         bits = jax.random.bits(jax.random.fold_in(key, block), (nk,))
         return jax.lax.top_k(bits, count)[1]
 
-    blocks = along(first) + np.arange(nq, dtype=np.int32)[None, None]
+    blocks = first + np.arange(nq, dtype=np.int32)[None, None]
     shape = np.broadcast_shapes((*keys.shape, 1), blocks.shape)
     keys = jnp.broadcast_to(keys[..., None], shape).reshape(-1)
     blocks = jnp.broadcast_to(blocks, shape).reshape(-1)

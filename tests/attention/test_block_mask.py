@@ -114,7 +114,7 @@ SIZES = [(24, 24, (8, 8)), (23, 37, (5, 9)), (40, 9, (16, 4)), (1, 30, (1, 8))]
 
 @pytest.mark.parametrize(
     "seed",
-    [*range(3), *(pytest.param(n, marks=pytest.mark.slow) for n in range(3, 12))],
+    [0, 1, *(pytest.param(n, marks=pytest.mark.slow) for n in range(2, 12))],
 )
 @pytest.mark.parametrize("t, s, block_shape", SIZES)
 def test_random_expressions(t, s, block_shape, seed):
@@ -132,8 +132,7 @@ def test_random_expressions(t, s, block_shape, seed):
         mask = at.block_mask(expr, t, s, block_shape=block_shape)
         check_lists(mask, dense)
         assert not mask.overflow.any()
-        if seed < 2:
-            check_transposed(mask)
+        check_transposed(mask)
 
 
 def test_by_hand():
