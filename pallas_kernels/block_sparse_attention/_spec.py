@@ -300,8 +300,17 @@ def check_mosaic_gpu(problem: Problem, chip: str | None) -> None:
             )
     for name in ("d", "dv"):
         size = getattr(problem, name)
-        if size not in (64, 128):
-            raise NotImplementedError(f"mosaic_gpu: {name} is {size}, needs 64 or 128")
+        if size not in (64, 128, 192):
+            raise NotImplementedError(
+                f"mosaic_gpu: {name} is {size}, needs 64, 128 or 192"
+            )
+        # Registers left beside sums of 192 columns are for positions only.
+        more = problem.rows + problem.cols + problem.scalars
+        if size > 128 and (more or problem.soft_cap or problem.bias):
+            raise NotImplementedError(
+                f"mosaic_gpu: {name} is {size} with operands of a predicate, a soft "
+                "cap or a bias, needs 64 or 128"
+            )
     if problem.dense:
         raise NotImplementedError(f"mosaic_gpu: dense is {problem.dense}, needs 0")
     if problem.paged and problem.op != "forward":

@@ -129,6 +129,8 @@ def test_canonical(chip, op, capfd):
 PLAIN = dict(rows=0, cols=0, scalars=0)
 SWEEP = {
     "64": dict(d=64, dv=64),
+    "192": PLAIN | dict(d=192, dv=192),
+    "192, 128": PLAIN | dict(d=192, dv=128),
     "one head": dict(block_q=64, block_k=64, mask_h=8),
     "packed": dict(block_q=64, block_k=64, mask_h=1, dtype="float16"),
     "unlike": PLAIN | dict(d=128, dv=64, t=4000, s=1000, block_q=256),

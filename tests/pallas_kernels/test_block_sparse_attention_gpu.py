@@ -299,6 +299,7 @@ CASES = {
         cols=1,
         scalars=1,
     ),
+    "heads of 192": Case(d=192, dv=128, predicate=causal),
     "capped": Case(predicate=causal, soft_cap=2.0, bias=True),
 }
 
@@ -353,8 +354,10 @@ REFUSED = [
     (dict(capacity=0), None, "capacity is 0, needs at least 1"),
     (dict(block_q=32), "h100", "block_q is 32, needs a multiple of 64"),
     (dict(block_k=96), "h100", "block_k is 96, needs a multiple of 64"),
-    (dict(d=96), "h100", "d is 96, needs 64 or 128"),
-    (dict(dv=256), "h100", "dv is 256, needs 64 or 128"),
+    (dict(d=96), "h100", "d is 96, needs 64, 128 or 192"),
+    (dict(dv=256), "h100", "dv is 256, needs 64, 128 or 192"),
+    (dict(d=192, rows=1), "h100", "d is 192 with operands of a predicate"),
+    (Q | dict(dv=192, bias=True), "h100", "dv is 192 with operands of a predicate"),
     (dict(dense=1), "h100", "dense is 1, needs 0"),
     (Q | dict(paged=True), "h200", "pages have no backward_q"),
     (KV | dict(paged=True), "h200", "pages have no backward_kv"),
@@ -378,6 +381,7 @@ def test_refuses(changes, chip, needs):
         (dict(block_q=64), (1, 1, 64, False)),
         (dict(block_q=64, mask_h=2), (2, 2, 128, False)),
         (Q, (2, 1, 64, False)),
+        (Q | dict(d=192, dv=192), (2, 1, 64, False)),
         (KV, (2, 1, 64, True)),
         (KV | dict(block_k=64), (2, 1, 64, True)),
         (KV | dict(d=64, dv=64), (2, 1, 64, False)),
