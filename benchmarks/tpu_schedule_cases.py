@@ -16,6 +16,8 @@ import jax
 import numpy as np
 from jax import numpy as jnp
 
+from pallas_kernels.block_sparse_attention import _spec as attention_spec
+from pallas_kernels.block_sparse_attention import mosaic_tpu as attention_tpu
 from pallas_kernels.block_sparse_matmul import _spec, mosaic_tpu
 from pallas_kernels.grouped_matmul import _spec as grouped_spec
 from pallas_kernels.grouped_matmul import mosaic_tpu as grouped_tpu
@@ -173,7 +175,88 @@ def monarch_matmul(m, n, blocks, dtype="bfloat16", chip=CHIP):
     return title, fn, (s((m, n), dtype), left, right), work
 
 
+# Products of a head's size that an element takes part in.
+ATTENTION_PRODUCTS = {"forward": 2, "backward_q": 3, "backward_kv": 4}
+
+
+def attention(op, t, block, heads=(4, 4), causal=False, dtype="bfloat16", chip=CHIP):
+    """One case of ``block_sparse_attention``: every block, head size 128.
+
+    A grid step is a tile of queries (backward_kv: of keys), the loop inside goes over
+    its list. With ``causal`` the loop has a body with masks and one without, of which
+    one runs and both are counted; the work is that of all blocks.
+    """
+    (h, h_kv), (bq, bk), d = heads, block, 128
+    nq, nk = t // bq, t // bk
+    problem = attention_spec.Problem(
+        op, 1, h, h_kv, t, t, d, d, bq, bk, nk, 1, 1, dtype
+    )
+    attention_spec.check_mosaic_tpu(problem, chip)
+    config = attention_spec.config_mosaic_tpu(problem, chip)
+    predicate = (lambda i, j, *_: i >= j) if causal else None
+    s, i32 = jax.ShapeDtypeStruct, jnp.int32
+    q, k, line = s((1, h, t, d), dtype), s((1, h_kv, t, d), dtype), s((1, h, t), "f4")
+    if op == "backward_kv":
+        flat = s((1, 1, nq * nk), i32)
+        lists, listed = (flat, flat, s((1, 1, nk + 1), i32), flat), nq
+        held = h // h_kv
+    else:
+        entries = s((1, 1, nq, nk), i32)
+        lists, listed, held = (entries, s((1, 1, nq), i32), entries), nk, config.group
+    arrays = (q, k, k) if op == "forward" else (q, k, k, q, line, line)
+    kernel = functools.partial(getattr(attention_tpu, op), scale=d**-0.5, config=config)
+    fn = lambda arrays, lists: kernel(
+        *arrays, lists, attention_spec.Elements(predicate)
+    )
+    flops = 2 * ATTENTION_PRODUCTS[op] * bq * bk * d * listed * held
+    steps = listed * (held // config.group) / config.unroll
+    title = f"attention {op} {bq}x{bk} {dtype} {h}/{h_kv} heads{' causal' * causal}"
+    return title, fn, (arrays, lists), {"flops": flops, "trips": {2: steps}}
+
+
+def splash(t, block, causal=False):
+    """The anchor: jax's own attention of the same tiles, 4 heads of size 128.
+
+    A grid step is one tile of queries and keys; a mask that is computed costs every
+    step. Causal work is counted as that of all elements.
+    """
+    from jax.experimental.pallas.ops.tpu.splash_attention import (
+        splash_attention_kernel,
+        splash_attention_mask,
+    )
+
+    bq, bk = block
+    kind = "CausalMask" if causal else "FullMask"
+    mask = getattr(splash_attention_mask, kind)((t, t))
+    fn = splash_attention_kernel.make_splash_mha(
+        splash_attention_mask.MultiHeadMask([mask] * 4),
+        block_sizes=splash_attention_kernel.BlockSizes(
+            block_q=bq, block_kv=bk, block_kv_compute=bk
+        ),
+        head_shards=1,
+        q_seq_shards=1,
+    )
+    q = jax.ShapeDtypeStruct((4, t, 128), "bfloat16")
+    title = f"splash {bq}x{bk}{' causal' * causal}"
+    return title, lambda q, k, v: fn(q, k, v), (q, q, q), 4 * bq * bk * 128
+
+
+def attentions():
+    for block in ((512, 512), (1024, 512)):
+        yield splash(8192, block)
+        yield splash(8192, block, causal=True)
+        yield attention("forward", 8192, block)
+        yield attention("forward", 8192, block, causal=True)
+    for op in ATTENTION_PRODUCTS:
+        if op != "forward":
+            yield attention(op, 8192, (512, 512))
+        yield attention(op, 8192, (512, 512), dtype="float32")
+        yield attention(op, 8192, (128, 128))
+        yield attention(op, 8192, (128, 128), heads=(8, 2))
+
+
 def cases():
+    yield from attentions()
     square = (4096, 4096)
     for name in OPS:
         yield block_sparse_matmul(name, 4096, square, (128, 128), 0.1)

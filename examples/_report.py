@@ -112,15 +112,17 @@ class Display:
         )
         validation = record.get("validation_bits_per_byte")
         if validation is not None and not self.console.is_terminal:
-            experts = ""
+            more = ""
+            if "attention_density" in record:
+                more = f", attention {attended(run):.1%} dense"
             if "load" in record:
-                experts = (
+                more += (
                     f", busiest expert {busiest(record['load']):.2f}x the mean, "
                     f"{record['dropped']:.1%} dropped"
                 )
             self.console.print(
                 f"{run.name} step {run.step}/{run.config.steps}: {loss:.3f} bits/byte, "
-                f"validation {validation:.3f}, {speed:,.0f} tokens/s{experts}"
+                f"validation {validation:.3f}, {speed:,.0f} tokens/s{more}"
             )
 
 
@@ -205,6 +207,12 @@ def density(run: Any) -> float:
     return sum(float(share.sum()) for share in topology.values()) / sizes
 
 
+def attended(run: Any) -> float:
+    """Share of attention's blocks that is computed, of all layers; 1 where all are."""
+    records = [r for r in run.log.records if "attention_density" in r]
+    return float(np.mean(records[-1]["attention_density"])) if records else 1.0
+
+
 def stored_parameters(run: Any) -> int:
     """How many numbers the parameters are, padding of the block arrays apart."""
     padding = sum(
@@ -233,13 +241,15 @@ def flops_per_token(run: Any) -> int:
     """Of a train step: forward, and backward at twice that.
 
     Six for each weight of a product (a masked weight is multiplied all the same), and
-    attention's two products over all positions. The embedding is a lookup.
+    attention's two products, over the positions that are computed. The embedding is a
+    lookup.
     """
     config = run.config
     norms = (2 * config.layers + 1) * config.width
     products = stored_parameters(run) - norms - 256 * config.width
     products -= idle_parameters(config)
-    return 6 * products + 12 * config.layers * config.length * config.width
+    pairs = attended(run) * config.length  # of each token
+    return 6 * products + round(12 * config.layers * pairs * config.width)
 
 
 def summarize(run: Any) -> dict[str, Any]:
@@ -260,6 +270,8 @@ def summarize(run: Any) -> dict[str, Any]:
         "ffn": config.ffn,
         "updater": config.updater,
         "density": density(run),
+        "attention": config.attention,
+        "attention_density": attended(run),
         "steps": run.step,
         "validation_bits_per_byte": run.validation,
         "stored_parameters": stored_parameters(run),
@@ -296,6 +308,8 @@ def make_table(rows: Sequence[dict[str, Any]]) -> rich.table.Table:
 
     add("validation, bits per byte", "{:.3f}", "validation_bits_per_byte", ratio=False)
     add("feed-forward density", "{:.1%}", "density", ratio=False)
+    if any(row["attention"] != "dense" for row in rows):
+        add("attention density", "{:.1%}", "attention_density", ratio=False)
     add("stored parameters, M", "{:.2f}", "stored_parameters", 1e-6)
     add("MFLOPs per token", "{:.1f}", "flops_per_token", 1e-6)
     add("train step, ms, topology amortized", "{:.1f}", "amortized_step_seconds", 1e3)

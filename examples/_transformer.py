@@ -1,8 +1,8 @@
 """The decoder-only transformer of ``pretrain_lm.py``: bytes in, logits out.
 
-Pre-norm, rotary positions, squared ReLU. Only the feed-forward weights are ever sparse
-or structured; everything else is Flax as it comes. Shapes: B sequences, T bytes, d
-features, H heads, E experts.
+Pre-norm, rotary positions, squared ReLU. Of the weights only the feed-forward ones are
+ever sparse or structured; attention's are the same whichever positions it looks at.
+Shapes: B sequences, T bytes, d features, H heads, E experts.
 """
 
 import functools
@@ -12,6 +12,7 @@ import _data
 import jax
 import jax.numpy as jnp
 import numpy as np
+from _attention import Attend
 from flax import nnx
 
 import sparsejax.nnx
@@ -41,25 +42,29 @@ class RMSNorm(nnx.Module):
 
 
 class Attention(nnx.Module):
-    """Causal self-attention with rotary positions."""
+    """Causal self-attention with rotary positions, dense unless told how to attend."""
 
-    def __init__(self, config: Any, *, rngs: nnx.Rngs):
+    def __init__(self, config: Any, attend: Attend | None, *, rngs: nnx.Rngs):
         d, dtype = config.width, jnp.dtype(config.dtype)
         linear = lambda n: nnx.Linear(d, n, use_bias=False, dtype=dtype, rngs=rngs)
-        self.heads = config.heads
+        self.heads, self.attend = config.heads, attend
         self.qkv, self.out = linear(3 * d), linear(d)
 
     def __call__(self, x):
-        """(B, T, d) -> (B, T, d)."""
+        """(B, T, d) -> (B, T, d), and what ``attend`` tells or None."""
         b, t, d = x.shape
         qkv = self.qkv(x).reshape(b, t, 3, self.heads, d // self.heads)
         q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]  # (B, T, H, d / H)
-        logits = jnp.einsum("bthd,bshd->bhts", rotate(q), rotate(k))
+        q, k = rotate(q), rotate(k)
+        if self.attend is not None:
+            y, stats = self.attend(q, k, v)
+            return self.out(y.reshape(b, t, d)), stats
+        logits = jnp.einsum("bthd,bshd->bhts", q, k)
         logits = logits.astype(jnp.float32) * (d // self.heads) ** -0.5
         logits = jnp.where(np.tri(t, dtype=bool), logits, -jnp.inf)
         weights = jax.nn.softmax(logits).astype(x.dtype)  # (B, H, T, T)
         y = jnp.einsum("bhts,bshd->bthd", weights, v)
-        return self.out(y.reshape(b, t, d))
+        return self.out(y.reshape(b, t, d)), None
 
 
 def squared_relu(x: jax.Array) -> jax.Array:
@@ -138,32 +143,39 @@ class Block(nnx.Module):
     """Pre-norm attention, then pre-norm feed-forward."""
 
     def __init__(
-        self, config: Any, implementation: str | None, *, rngs: nnx.Rngs, **moe: Any
+        self,
+        config: Any,
+        implementation: str | None,
+        *,
+        attend: Attend | None = None,
+        rngs: nnx.Rngs,
+        **moe: Any,
     ):
         d = config.width
         self.norm1 = RMSNorm(d)
-        self.attention = Attention(config, rngs=rngs)
+        self.attention = Attention(config, attend, rngs=rngs)
         self.norm2 = RMSNorm(d)
         kind = MoeMlp if config.ffn == "moe" else Mlp
         self.mlp = kind(config, implementation, rngs=rngs, **moe)
 
     def __call__(self, x):
-        """(B, T, d) -> (B, T, d), and a MoEAux or None."""
-        x = x + self.attention(self.norm1(x))
+        """(B, T, d) -> (B, T, d), and what experts and attention tell, or None."""
+        y, stats = self.attention(self.norm1(x))
+        x = x + y
         y, experts = self.mlp(self.norm2(x))
-        return x + y, experts
+        return x + y, (experts, stats)
 
 
 class Transformer(nnx.Module):
-    """Bytes in, logits over the next byte out; ``moe`` is what MoeMlp takes besides."""
+    """Bytes in, logits over the next byte out; ``more`` is what Block takes besides."""
 
     def __init__(
-        self, config: Any, implementation: str | None, *, rngs: nnx.Rngs, **moe: Any
+        self, config: Any, implementation: str | None, *, rngs: nnx.Rngs, **more: Any
     ):
         d, dtype = config.width, jnp.dtype(config.dtype)
         self.remat = config.remat
         self.embed = nnx.Embed(_data.VOCABULARY, d, dtype=dtype, rngs=rngs)
-        make_block = lambda rngs: Block(config, implementation, rngs=rngs, **moe)
+        make_block = lambda rngs: Block(config, implementation, rngs=rngs, **more)
         if config.scan:  # one block whose variables have a leading axis of layers
             self.blocks = nnx.vmap(make_block)(rngs.split(config.layers))
         else:
@@ -174,7 +186,7 @@ class Transformer(nnx.Module):
         )
 
     def __call__(self, tokens):
-        """Integers (B, T) -> float32 (B, T, 256), and a MoEAux of all layers."""
+        """Integers (B, T) -> float32 (B, T, 256), and what the layers' blocks tell."""
         x = self.embed(tokens)  # (B, T, d)
         apply = lambda graphdef, state, x: nnx.merge(graphdef, state)(x)
         if self.remat:  # keep one (B, T, d) per block for the backward pass
@@ -182,12 +194,12 @@ class Transformer(nnx.Module):
         if isinstance(self.blocks, Block):
             graphdef, state = nnx.split(self.blocks)
             layer = lambda x, state: apply(graphdef, state, x)
-            x, experts = jax.lax.scan(layer, x, state)
+            x, told = jax.lax.scan(layer, x, state)
         else:
-            experts = []
+            told = []
             for block in self.blocks:
                 x, of_block = apply(*nnx.split(block), x)
-                experts.append(of_block)
-            experts = jax.tree.map(lambda *layers: jnp.stack(layers), *experts)
+                told.append(of_block)
+            told = jax.tree.map(lambda *layers: jnp.stack(layers), *told)
         logits = self.head(self.norm(x)).astype(jnp.float32)  # (B, T, 256)
-        return logits, experts
+        return logits, *told

@@ -23,6 +23,10 @@ root:
     # structured weights: Monarch matrices, block butterflies plus low rank, low rank
     python examples/pretrain_lm.py --compare dense,monarch,pixelfly,low_rank
 
+    # attention to a window, or to the blocks that a selector finds
+    python examples/pretrain_lm.py --length 1024 --batch 2 --attention-block 64 \
+        --compare dense,dense+window,dense+blocks --window 256 --budget 4
+
     # GPT-2 small's body in bf16 over four chips; your own text
     python examples/pretrain_lm.py --preset 124m --mesh fsdp=4 --ffn block_sparse \
         --data corpus/ --checkpoint-dir gs://bucket/run --checkpoint-every 1000
@@ -47,6 +51,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+import _attention
 import _data
 import _report
 import _transformer
@@ -92,6 +97,13 @@ FITS = dict.fromkeys(
     ("moe",),
 )
 FITS |= {"monarch_blocks": ("monarch",), "rank": ("pixelfly", "low_rank")}
+# Nor these of other attention.
+ATTENTION_FITS = {
+    "attention_block": ("window", "blocks"),
+    "window": ("window",),
+    "selector": ("blocks",),
+    "budget": ("blocks",),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,6 +125,11 @@ class Config:
     z_loss: float = 1e-3  # weight of that loss, likewise
     monarch_blocks: int = 16  # of each factor
     rank: int = 32  # of a low-rank weight, or beside Pixelfly's blocks
+    attention: str = "dense"
+    attention_block: int = 64  # queries, and keys, of a block
+    window: int = 64  # of --attention window: bytes that a byte sees, itself among them
+    selector: str = "moba"  # of --attention blocks
+    budget: int = 4  # blocks of keys that it finds for each block of queries
     layers: int = 2
     width: int = 512  # d
     heads: int = 8  # H
@@ -182,7 +199,7 @@ def check(config: Config) -> None:
     )
     for flag in (
         *("steps", "every", "batch", "length", "layers", "block", "experts"),
-        *("monarch_blocks", "rank"),
+        *("monarch_blocks", "rank", "attention_block", "window", "budget"),
     ):
         got = getattr(config, flag)
         need(got > 0, flag.replace("_", "-"), got, "at least 1")
@@ -233,6 +250,7 @@ class Losses(NamedTuple):
     loss: jax.Array  # cross-entropy, in nats
     load: jax.Array | None = None  # int32 (layers, E): tokens that ask for each expert
     dropped: jax.Array | None = None  # share of choices beyond the experts' capacity
+    attended: jax.Array | None = None  # (layers,): share of attention's blocks computed
 
 
 class Programs(NamedTuple):
@@ -305,11 +323,11 @@ def build(config: Config, mesh: Mesh, *, implementation: str | None = None) -> P
         )
     optimizer = make_optimizer(config)
 
-    moe = {}
+    more: dict[str, Any] = dict(attend=_attention.make_attend(config, implementation))
     if config.ffn == "moe":
-        moe["balance"] = config.balance_rate > 0
+        more["balance"] = config.balance_rate > 0
     if config.ffn == "moe" and config.capacity_factor:
-        moe["capacity"] = sj.routing.capacity(
+        more["capacity"] = sj.routing.capacity(
             config.batch // mesh.size * config.length,  # tokens of a device
             config.experts,
             config.experts_per_token,
@@ -320,7 +338,7 @@ def build(config: Config, mesh: Mesh, *, implementation: str | None = None) -> P
 
     def make_model(key):
         model = _transformer.Transformer(
-            config, implementation, rngs=nnx.Rngs(params=key), **moe
+            config, implementation, rngs=nnx.Rngs(params=key), **more
         )
         return nnx.split(
             model, nnx.Param, sj.nnx.Layout, sj.nnx.Balance, sj.nnx.GrowthProbe
@@ -383,11 +401,13 @@ def build(config: Config, mesh: Mesh, *, implementation: str | None = None) -> P
         """Means over all devices, so that gradients are those of the whole batch."""
         model = nnx.merge(graphdef, gather(params), layouts, balance, probes)
         tokens = batch.astype(jnp.int32)
-        logits, experts = model(tokens[:, :-1])  # (B / devices, T, 256)
+        logits, experts, attended = model(tokens[:, :-1])  # (B / devices, T, 256)
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
         loss = jax.lax.pmean(loss.mean(), axes)
+        if attended is not None:
+            attended = jax.lax.pmean(attended, axes)
         if experts is None:
-            return loss, Losses(loss)
+            return loss, Losses(loss, attended=attended)
         # Loads are of the whole batch: a device's own sequences need not be balanced.
         of_batch = functools.partial(sj.routing.load_balance_loss, axis_name=axes)
         uneven = jax.lax.pmean(jax.vmap(of_batch)(experts.routing).mean(), axes)
@@ -395,7 +415,7 @@ def build(config: Config, mesh: Mesh, *, implementation: str | None = None) -> P
         trained = loss + config.load_balance * uneven + config.z_loss * z
         load = jax.lax.psum(experts.counts, axes)
         dropped = jax.lax.pmean(experts.metrics.dropped.mean(), axes)
-        return trained, Losses(loss, load, dropped)
+        return trained, Losses(loss, load, dropped, attended)
 
     def rebalance(balance, load):
         """The next bias of each layer, by what its experts were asked for."""
@@ -605,6 +625,9 @@ def train(run: Run, text: _data.Text, args) -> Iterator[int]:
         if config.ffn == "moe":
             record["load"] = np.mean([each.load for each in losses], axis=0).tolist()
             record["dropped"] = float(np.mean([each.dropped for each in losses]))
+        if config.attention != "dense":
+            density = np.mean([each.attended for each in losses], axis=0)
+            record["attention_density"] = density.tolist()
         if not math.isfinite(loss):
             raise FloatingPointError(
                 f"--learning-rate: got {config.learning_rate}, with which the loss of "
@@ -680,15 +703,24 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--z-loss", type=float, help="weight of the loss on router logits (0.001)")
     add("--monarch-blocks", type=int, help="of --ffn monarch, in each factor (16)")
     add("--rank", type=int, help="of --ffn low_rank, or beside Pixelfly's blocks (32)")
+    add("--attention", choices=_attention.KINDS, help="which bytes it sees (dense)")
+    add("--attention-block", type=int, help="bytes of a block of attention (64)")
+    add("--window", type=int, help="of --attention window: the last bytes (64)")
+    add(
+        "--selector",
+        choices=_attention.SELECTORS,
+        help="of --attention blocks: who finds them (moba)",
+    )
+    add("--budget", type=int, help="how many it finds for each block of queries (4)")
     add("--layers", type=int, help="transformer blocks")
     add("--width", type=int, help="features between the layers")
     add("--heads", type=int, help="attention heads")
     add("--ffn-width", type=int, help="hidden features of the feed-forward layers")
     add(
         "--compare",
-        metavar="FFN[:UPDATER],...",
+        metavar="FFN[:UPDATER][+ATTENTION],...",
         help="train several models in turns on the same data, such as "
-        "dense,block_sparse:rigl; the first is what the table compares to",
+        "dense,block_sparse:rigl+window; the first is what the table compares to",
     )
     add = parser.add_argument_group("training").add_argument
     add("--data", nargs="+", default=[], metavar="PATH", help="text files or folders")
@@ -716,7 +748,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add(
         "--implementation",
         choices=("xla", "mosaic_tpu", "mosaic_gpu"),
-        help="of block-sparse and experts' products (default: the best that serves)",
+        help="of block-sparse and experts' products and of sparse attention (default: "
+        "the best that serves)",
     )
     add(
         "--out", type=pathlib.Path, default="runs/pretrain_lm", help="folder of reports"
@@ -741,24 +774,29 @@ def configure(args: argparse.Namespace) -> dict[str, Config]:
     base = dataclasses.replace(PRESETS[args.preset], **given)
     configs = {}
     for name in (args.compare or base.ffn).split(","):
-        ffn, _, updater = name.partition(":")
-        if ffn not in UPDATERS:
+        ffn, _, attention = name.partition("+")
+        ffn, _, updater = ffn.partition(":")
+        attention = attention or base.attention
+        if ffn not in UPDATERS or attention not in _attention.KINDS:
             raise ValueError(
                 f"--compare: got {name!r}, needed one of {', '.join(UPDATERS)}, each "
-                "with :updater if wanted"
+                f"with :updater and +{', +'.join(_attention.KINDS)} if wanted"
             )
         updater = updater or ("none" if UPDATERS[ffn] == ("none",) else base.updater)
-        config = dataclasses.replace(base, ffn=ffn, updater=updater)
+        config = dataclasses.replace(
+            base, ffn=ffn, updater=updater, attention=attention
+        )
         check(config)
         configs[name.replace(":", "-")] = config
-    for flag, ffns in FITS.items():
-        got = getattr(args, flag)
-        unused = not any(config.ffn in ffns for config in configs.values())
-        if got not in (None, "none") and unused:
-            raise ValueError(
-                f"--{flag.replace('_', '-')}: got {got}, needed --ffn "
-                f"{' or '.join(ffns)}"
-            )
+    for kind, fits in (("ffn", FITS), ("attention", ATTENTION_FITS)):
+        kinds = {getattr(config, kind) for config in configs.values()}
+        for flag, needed in fits.items():
+            got = getattr(args, flag)
+            if got not in (None, "none") and not kinds & {*needed}:
+                raise ValueError(
+                    f"--{flag.replace('_', '-')}: got {got}, needed --{kind} "
+                    f"{' or '.join(needed)}"
+                )
     for flag in ("log_every", "eval_every", "eval_batches", "checkpoint_every"):
         if getattr(args, flag) is not None and getattr(args, flag) < 1:
             raise ValueError(

@@ -210,7 +210,7 @@ def build(config: Config, ffn: str) -> Programs:
 
     def losses(params, batch):
         tokens = batch.astype(jnp.int32)
-        logits, experts = nnx.merge(graphdef, params)(tokens[:, :-1])
+        logits, experts, _ = nnx.merge(graphdef, params)(tokens[:, :-1])
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
         loss = loss.mean()
         if experts is None:

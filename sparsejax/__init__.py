@@ -1,11 +1,12 @@
 """sparsejax: sparse models in JAX, from masks to kernels.
 
 ``layouts`` and ``masks`` say what is kept, ``routing`` which expert serves which token,
-``structured`` how a matrix is made of factors, ``ops`` multiplies; ``pruning`` chooses
-once, ``schedules``, ``transforms`` (optax) and ``topology`` during training, where
-``straight_through`` changes what the forward pass sees; ``averaging`` joins sparse
-models, ``upcycling`` makes experts of a dense one; ``layers`` with ``nnx`` and
-``linen`` (Flax) are the modules, ``checkpoint`` (orbax) saves a run.
+``structured`` how a matrix is made of factors, ``attention`` which query sees which
+key, ``ops`` multiplies; ``pruning`` chooses once, ``schedules``, ``transforms`` (optax)
+and ``topology`` during training, where ``straight_through`` changes what the forward
+pass sees; ``averaging`` joins sparse models, ``upcycling`` makes experts of a dense
+one; ``layers`` with ``nnx`` and ``linen`` (Flax) are the modules, ``checkpoint``
+(orbax) saves a run.
 """
 
 import importlib
@@ -13,6 +14,7 @@ import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sparsejax import attention as attention
     from sparsejax import averaging as averaging
     from sparsejax import checkpoint as checkpoint
     from sparsejax import layers as layers
@@ -35,6 +37,7 @@ __version__ = importlib.metadata.version("sparsejax")
 
 # Loaded when first used: who takes the transforms alone loads no Flax and no Pallas.
 _SUBPACKAGES = (
+    "attention",
     "averaging",
     "checkpoint",
     "layers",

@@ -26,6 +26,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "examples"))
 pretrain_lm = importlib.import_module("pretrain_lm")
 upcycle_lm = importlib.import_module("upcycle_lm")
+tradeoffs = importlib.import_module("sparse_attention_tradeoffs")
 _report = importlib.import_module("_report")
 
 # 10% of 20 blocks. No other array of these programs has as many entries as a
@@ -72,6 +73,10 @@ DENSITY = dict(
 )
 
 
+WINDOW = "--attention", "window", "--attention-block=4", "--window=6"
+MOBA = "--attention", "blocks", "--attention-block=4", "--budget=2"
+
+
 @pytest.mark.parametrize(
     "flags",
     [
@@ -92,6 +97,20 @@ DENSITY = dict(
             marks=pytest.mark.slow,
         ),
         pytest.param(("--ffn", "low_rank", "--rank", "3"), marks=pytest.mark.slow),
+        ("--ffn", "dense", *WINDOW),
+        pytest.param(
+            ("--ffn", "moe", *MOBA, "--experts=4", "--dtype=bfloat16", "--scan"),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            ("--ffn", "masked", *MOBA, "--scan", "--remat"),
+            marks=pytest.mark.exhaustive,
+        ),
+        pytest.param(("--ffn", "monarch", *WINDOW), marks=pytest.mark.exhaustive),
+        pytest.param(
+            ("--ffn", "block_sparse", *MOBA, "--selector=quest"),
+            marks=pytest.mark.exhaustive,
+        ),
     ],
     ids=lambda flags: "-".join(flags[1:4:2]),
 )
@@ -107,6 +126,34 @@ def test_five_steps(run, tmp_path, flags):
     assert (out / "loss.png").stat().st_size > 10_000
     assert (out / "topology.png").exists() == (DENSITY[flags[1]] == 0.1)
     assert (out / "load.png").exists() == (flags[1] == "moe")
+    attention = one.config.attention
+    # Blocks of 4 x 4 of 20 x 20. A window of 6: rows of 1, 2, 3, 3 and 3 of the 5.
+    # MoBA: a query's own and one other, so that four queries have 2 to 5.
+    low, high = {"window": (12, 12), "blocks": (9, 15), "dense": (25, 25)}[attention]
+    assert low / 25 <= row["attention_density"] + 1e-6
+    assert row["attention_density"] <= high / 25 + 1e-6
+    for record in map(json.loads, lines):
+        assert ("attention_density" in record) == (attention != "dense")
+    if attention != "dense":
+        assert record["attention_density"] == pytest.approx([row["attention_density"]])
+
+
+@pytest.mark.slow
+def test_attention_side_by_side(run, capsys):
+    """A window of the whole length is dense attention."""
+    flags = "--steps 4 --attention-block 8 --window 20 --compare dense,dense+window"
+    dense, window = run(*flags.split())
+    assert [one.name for one in (dense, window)] == ["dense", "dense+window"]
+    losses = [
+        [r["train_bits_per_byte"] for r in one.log.records] for one in (dense, window)
+    ]
+    np.testing.assert_allclose(*losses, rtol=1e-4)
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "attention 66.7% dense" in shown and "attention density" in shown
+    rows = [_report.summarize(one) for one in (dense, window)]
+    # Two products of 20 x 20 x 64, forward and twice that backward, of which 6 of 9.
+    gap = 3 * 2 * 2 * 20 * WIDTH * (1 - 6 / 9)
+    assert rows[0]["flops_per_token"] - rows[1]["flops_per_token"] == round(gap)
 
 
 @pytest.mark.parametrize("updater", pretrain_lm.UPDATERS["masked"])
@@ -402,6 +449,16 @@ def test_checkpoints_of_another_run_are_refused_and_kept(run, text, tmp_path):
         ("--ffn monarch --rank 4", "--rank: got 4, needed --ffn pixelfly or low_rank"),
         ("--ffn moe --sparsity 0.5", "--sparsity: got 0.5, needed --ffn masked or"),
         ("--ffn dense --experts 4", "--experts: got 4, needed --ffn moe"),
+        ("--attention window --window 0", "--window: got 0, needed at least 1"),
+        ("--window 8", "--window: got 8, needed --attention window"),
+        (
+            "--compare dense,dense+window --budget 2",
+            "--budget: got 2, needed --attention blocks",
+        ),
+        (
+            "--compare dense+widow",
+            r"--compare: got 'dense\+widow', needed one of dense",
+        ),
     ],
 )
 def test_bad_flags_are_named_before_anything_is_written(run, tmp_path, flags, message):
@@ -410,7 +467,7 @@ def test_bad_flags_are_named_before_anything_is_written(run, tmp_path, flags, me
     assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
 
 
-@pytest.mark.parametrize("flag", ["--implementation", "--ffn", "--preset"])
+@pytest.mark.parametrize("flag", ["--implementation", "--ffn", "--attention"])
 def test_unknown_choices_are_named(run, capsys, flag):
     with pytest.raises(SystemExit):
         run(flag, "bogus")
@@ -575,3 +632,90 @@ def test_upcycling_killed_anywhere_and_run_again_is_the_same(
     with pytest.raises(ValueError, match="steps: got 4, needed 9"):
         flags = flags.replace("--steps 4", "--steps 9")
         run("again")
+
+
+# ---- sparse_attention_tradeoffs.py -------------------------------------------------
+
+TRADED = (
+    "--selectors window moba --budgets 1 3 --sequences 2 --length 24 "
+    "--attention-block 8 --width 16 --ffn-width 16 --heads 2 --steps 4"
+).split()
+
+
+def test_table_of_tradeoffs():
+    row = lambda selector, budget, loss, density, recall: {
+        "selector": selector,
+        "budget": budget,
+        "loss": loss,
+        "density": [[density, density]],
+        "recall": [[recall, 1.0]],
+    }
+    rows = [
+        row("full", None, [2.0, 3.0], 0.5, 1.0),
+        row("window", 2, [2.1, 3.3], 0.25, 0.5),
+        row(tradeoffs.TOP_P, 0.8, [2.0, 3.0], 0.3, 0.8),
+    ]
+    _, full, window, top_p = tradeoffs.table(rows)
+    assert full == (
+        *("full attention", "50.0%", "100.0%", "1.000", "1.000", "2.5000", ""),
+    )
+    # Above by 0.1 and 0.3: their deviation is 0.1414, over the root of two.
+    assert window == (
+        *("sliding window, 2 blocks", "25.0%", "50.0%", "0.750", "0.500", "2.7000"),
+        "+0.2000 ± 0.1000",
+    )
+    assert top_p[0] == "pooled blocks, p = 0.8" and top_p[-1] == "+0.0000 ± 0.0000"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--budgets 0", "--budgets: got 0, needed at least 1"),
+        ("--top-p 1.5", r"--top-p: got \[1.5\], needed above 0, at most 1"),
+        ("--widthh 3", "unrecognized"),
+    ],
+)
+def test_tradeoffs_refuse_before_anything_is_written(tmp_path, flags, message, capsys):
+    with pytest.raises((ValueError, SystemExit)) as found:
+        tradeoffs.main(["--out", str(tmp_path / "out"), *flags.split()])
+    assert re.search(message, str(found.value) + capsys.readouterr().err)
+    assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.slow
+def test_tradeoffs_killed_and_run_again_are_the_same(text, tmp_path, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    def run(out):
+        flags = [*TRADED, "--data", text, "--out", str(tmp_path / out)]
+        return tradeoffs.main(flags)
+
+    whole = run("whole")
+    assert [(r["selector"], r["budget"]) for r in whole] == [
+        *[("full", None), ("window", 1), ("window", 3), ("moba", 1), ("moba", 3)]
+    ]
+    full, one, three, *_ = whole
+    # Rows of 1, 2 and 3 of three blocks; a window of 8: of 1, 2 and 2; of 24: all.
+    for row, density in ((full, 6 / 9), (one, 5 / 9), (three, 6 / 9)):
+        np.testing.assert_allclose(row["density"], np.full((2, 2), density), rtol=1e-6)
+    assert np.shape(full["loss"]) == (2,) and np.mean(one["recall"]) < 1
+    for row in (full, three, whole[-1]):
+        np.testing.assert_allclose(row["loss"], full["loss"], rtol=1e-5)
+        np.testing.assert_allclose(row["recall"], 1, rtol=1e-5)
+    for name in ("table.md", "tradeoffs.png"):
+        assert (tmp_path / "whole" / name).stat().st_size > 1000
+
+    validate = tradeoffs.validate
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        calls = []
+
+        def dies(*args):
+            if len(calls) == 2:
+                raise Killed
+            calls.append(args)
+            return validate(*args)
+
+        patch.setattr(tradeoffs, "validate", dies)
+        run("again")
+    assert run("again") == whole

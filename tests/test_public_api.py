@@ -11,6 +11,7 @@ import pallas_kernels
 import sparsejax
 
 PACKAGES = [
+    "attention",
     "averaging",
     "layers",
     "layouts",

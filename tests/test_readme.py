@@ -14,7 +14,7 @@ BLOCKS = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
 def test_examples_print_what_they_say():
     """One after the other, as a reader would paste them."""
     wanted = re.findall(r"print\(.*\)  # (.*)", "".join(BLOCKS))
-    assert len(BLOCKS) == 5 and len(wanted) >= 6
+    assert len(BLOCKS) == 6 and len(wanted) >= 6
     printed = io.StringIO()
     # A reader's session has JAX's standard promotion, which optax needs.
     with contextlib.redirect_stdout(printed), jax.numpy_dtype_promotion("standard"):

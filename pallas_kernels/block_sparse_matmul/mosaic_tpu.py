@@ -98,7 +98,9 @@ def _dsd_direct(x, blocks, order, source, ptr, transpose, config, interpret):
     # One entry per block, and one per empty column; padding at the end is never read.
     length = slots + tiles_out
     visits = jnp.maximum(jnp.diff(ptr), 1)
-    starts = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(visits)])
+    starts = jnp.concatenate(
+        [jnp.zeros(1, jnp.int32), jnp.cumsum(visits, dtype=jnp.int32)]
+    )
     entry = jnp.arange(length, dtype=jnp.int32)
     target = jnp.searchsorted(starts, entry, side="right").astype(jnp.int32) - 1
     target = jnp.clip(target, 0, tiles_out - 1)
@@ -230,7 +232,7 @@ def _dsd_kernel(
     first, last = bounds_ref[split], bounds_ref[split + 1]
     blocks = _Blocks(blocks_hbm, held_ref, blocks_sem, config)
     x_now, y_now = _open_tile(x_hbm, x_ref, x_sem, y_ref, y_sem, tiles_out, blocks)
-    groups = pl.cdiv(last - first, unroll)
+    groups = _cdiv(last - first, unroll)
 
     def slots(group):
         # Entries that fill the last step up multiply zeros by zeros into the last
@@ -264,7 +266,7 @@ def _dsd_kernel(
         return carry
 
     blocks.start(slots, 0, groups)
-    lax.fori_loop(0, groups, step, 0)
+    _each(groups, step)
     _close_tile(y_hbm, y_ref, y_sem, tiles_out)
 
 
@@ -304,7 +306,7 @@ def _dsd_strips_kernel(
     def column(local, carry):
         unit = base + local
         first, last = bounds_ref[unit], bounds_ref[unit + 1]
-        steps = pl.cdiv(last - first, unroll)
+        steps = _cdiv(last - first, unroll)
 
         def entries(group):
             return [
@@ -322,16 +324,16 @@ def _dsd_strips_kernel(
             taken = blocks.take(slots, group, steps)
             for entry, block in zip(entries(group), taken, strict=True):
                 # A repeated entry writes what is there already.
-                index = lax.div(source_ref[entry], group_in)
-                inner = lax.rem(source_ref[entry], group_in)
-                outer = lax.rem(target_ref[entry], group_out)
+                index = _div(source_ref[entry], group_in)
+                inner = _rem(source_ref[entry], group_in)
+                outer = _rem(target_ref[entry], group_out)
                 row, col = (outer, inner) if transpose else (inner, outer)
                 _place(strip_ref, index, row, col, block())
             return carry
 
         blocks.start(slots, 0, steps)
-        lax.fori_loop(0, units_in, zero, 0)
-        lax.fori_loop(0, steps, place, 0)
+        _each(units_in, zero)
+        _each(steps, place)
         acc_ref[...] = jnp.zeros(acc_ref.shape, jnp.float32)
         count = counts_ref[unit]
 
@@ -356,12 +358,12 @@ def _dsd_strips_kernel(
                 acc_ref[rows] = acc
             return carry
 
-        lax.fori_loop(0, pl.cdiv(count, config.unit_unroll), multiply, 0)
+        _each(_cdiv(count, config.unit_unroll), multiply)
         y_ref[y_now, local] = acc_ref[...].astype(y_ref.dtype)
         return carry
 
     here = jnp.minimum(columns, units_out - base)
-    lax.fori_loop(0, here, column, 0)
+    _each(here, column)
     _close_tile(y_hbm, y_ref, y_sem, units_out)
 
 
@@ -447,7 +449,7 @@ def sdd(
             in_specs=[any_spec, any_spec],
             out_specs=pl.BlockSpec(
                 (size, bk, bn),
-                lambda chunk, *_: (chunk, 0, 0),
+                lambda chunk, *_: (chunk, jnp.int32(0), jnp.int32(0)),
                 pipeline_mode=pl.Buffered(min(chunks, 2)),
             ),
             scratch_shapes=scratch,
@@ -484,7 +486,7 @@ def _sdd_kernel(
     acc_ref = out_ref if acc_ref is None else acc_ref
     first, last, fresh = _sdd_range(count_ref, size)
     now = _sdd_open(x_hbm, dy_hbm, x_ref, dy_ref, xt_ref, x_sem, dy_sem)
-    groups = pl.cdiv(last - first, config.unroll)
+    groups = _cdiv(last - first, config.unroll)
 
     def step(group, carry):
         for u in range(config.unroll):
@@ -503,7 +505,7 @@ def _sdd_kernel(
                 out_ref[slot] = acc.astype(out_ref.dtype)
         return carry
 
-    lax.fori_loop(0, groups, step, 0)
+    _each(groups, step)
     _zero_rest(out_ref, jnp.where(fresh, groups * config.unroll, size))
 
 
@@ -551,16 +553,16 @@ def _sdd_strips_kernel(
                 )
             return carry
 
-        lax.fori_loop(0, pl.cdiv(count, config.unit_unroll), multiply, 0)
+        _each(_cdiv(count, config.unit_unroll), multiply)
 
         def cut(slot, carry):
             row, col = rows_ref[slot], cols_ref[slot]
-            low = pl.multiple_of(lax.rem(row, group_k) * bk, 8)
-            piece = strip_ref[lax.div(row, group_k), pl.ds(low, bk)]
+            low = pl.multiple_of(_rem(row, group_k) * bk, 8)
+            piece = strip_ref[_div(row, group_k), pl.ds(low, bk)]
             if group_n > 1:
                 # To the left by the block's place, by way of the right: shifts are
                 # not negative.
-                shift = lax.rem(unit_n - lax.rem(col, group_n) * bn, unit_n)
+                shift = _rem(unit_n - _rem(col, group_n) * bn, unit_n)
                 piece = pltpu.roll(piece, shift, 1)
             acc = jnp.where(fresh, 0.0, acc_ref[slot - first]) + piece[:, :bn]
             acc_ref[slot - first] = acc
@@ -568,10 +570,10 @@ def _sdd_strips_kernel(
                 out_ref[slot - first] = acc.astype(out_ref.dtype)
             return carry
 
-        lax.fori_loop(begin, end, cut, 0)
+        _each(end, cut, begin)
         return carry
 
-    lax.fori_loop(0, bounds_ref.shape[0] - 1, column, 0)
+    _each(bounds_ref.shape[0] - 1, column)
     _zero_rest(out_ref, jnp.where(fresh, jnp.maximum(last - first, 0), size))
 
 
@@ -587,7 +589,7 @@ def _zero_rest(out_ref, start):
         out_ref[slot] = jnp.zeros(out_ref.shape[1:], out_ref.dtype)
         return carry
 
-    lax.fori_loop(start, out_ref.shape[0], zero, 0)
+    _each(out_ref.shape[0], zero, start)
 
 
 def _sdd_open(x_hbm, dy_hbm, x_ref, dy_ref, xt_ref, x_sem, dy_sem):
@@ -596,7 +598,7 @@ def _sdd_open(x_hbm, dy_hbm, x_ref, dy_ref, xt_ref, x_sem, dy_sem):
     rows, tile_m = x_hbm.shape[0], x_ref.shape[1]
 
     def start(index):
-        buffer = lax.rem(index, 2)
+        buffer = _rem(index, 2)
         window = _window(index, rows, tile_m)
         pltpu.make_async_copy(
             x_hbm.at[window], x_ref.at[buffer], x_sem.at[buffer]
@@ -607,7 +609,7 @@ def _sdd_open(x_hbm, dy_hbm, x_ref, dy_ref, xt_ref, x_sem, dy_sem):
 
     pl.when(step == 0)(lambda: start(step))
     pl.when(step + 1 < steps)(lambda: start(step + 1))
-    now = lax.rem(step, 2)
+    now = _rem(step, 2)
     _wait(x_ref.at[now], x_sem.at[now])
     _wait(dy_ref.at[now], dy_sem.at[now])
     units, unit, _ = xt_ref.shape
@@ -630,14 +632,14 @@ def _open_tile(x_hbm, x_ref, x_sem, y_ref, y_sem, tiles_out, blocks):
     (rows, columns), tile_m = x_hbm.shape, x_ref.shape[1]
 
     def start(index):
-        buffer = lax.rem(index, 2)
+        buffer = _rem(index, 2)
         pltpu.make_async_copy(
             x_hbm.at[_window(core * steps + index, rows, tile_m)],
             x_ref.at[buffer, :, pl.ds(0, columns)],
             x_sem.at[buffer],
         ).start()
 
-    x_now = lax.rem(step, 2)
+    x_now = _rem(step, 2)
 
     @pl.when((split == 0) & (step == 0))
     def _():
@@ -653,10 +655,10 @@ def _open_tile(x_hbm, x_ref, x_sem, y_ref, y_sem, tiles_out, blocks):
         lambda: _wait(x_ref.at[x_now, :, pl.ds(0, columns)], x_sem.at[x_now])
     )
     done = step * splits + split
-    y_now = lax.rem(done, 2)
+    y_now = _rem(done, 2)
     # The buffer was last filled two grid steps ago.
     pl.when(done >= 2)(
-        lambda: _wait_panels(y_ref, y_sem, y_now, lax.rem(done - 2, splits), tiles_out)
+        lambda: _wait_panels(y_ref, y_sem, y_now, _rem(done - 2, splits), tiles_out)
     )
     return x_now, y_now
 
@@ -667,13 +669,15 @@ def _close_tile(y_hbm, y_ref, y_sem, tiles_out):
     steps, splits = pl.num_programs(1), pl.num_programs(2)
     _, columns, tile_m, side = y_ref.shape
     done = step * splits + split
-    now = lax.rem(done, 2)
+    now = _rem(done, 2)
     window = _window(core * steps + step, y_hbm.shape[0], tile_m)
 
     def send(local):
         column = pl.multiple_of((split * columns + local) * side, _LANES)
         pltpu.make_async_copy(
-            y_ref.at[now, local], y_hbm.at[window, pl.ds(column, side)], y_sem.at[now]
+            y_ref.at[now, jnp.int32(local)],
+            y_hbm.at[window, pl.ds(column, side)],
+            y_sem.at[now],
         ).start()
 
     for local in range(columns):
@@ -686,7 +690,7 @@ def _close_tile(y_hbm, y_ref, y_sem, tiles_out):
     def _():
         pl.when(done >= 1)(
             lambda: _wait_panels(
-                y_ref, y_sem, 1 - now, lax.rem(done - 1, splits), tiles_out
+                y_ref, y_sem, 1 - now, _rem(done - 1, splits), tiles_out
             )
         )
         _wait_panels(y_ref, y_sem, now, split, tiles_out)
@@ -703,7 +707,7 @@ def _wait_panels(y_ref, y_sem, buffer, split, tiles_out):
         _wait(y_ref.at[buffer, local], y_sem.at[buffer])
         return carry
 
-    lax.fori_loop(0, jnp.minimum(columns, tiles_out - split * columns), wait, 0)
+    _each(jnp.minimum(columns, tiles_out - split * columns), wait)
 
 
 def _wait(ref, sem):
@@ -732,7 +736,7 @@ class _Blocks:
 
     def _all(self):
         held = self.held.at[pl.ds(0, self.slots)]
-        return pltpu.make_async_copy(self.hbm, held, self.sem.at[0])
+        return pltpu.make_async_copy(self.hbm, held, self.sem.at[jnp.int32(0)])
 
     def open(self):
         """Once per core: fills what stays."""
@@ -749,7 +753,7 @@ class _Blocks:
         """Starts the copies of a step's blocks, if there is such a step."""
         if self.resident:
             return
-        buffer = lax.rem(group, 2)
+        buffer = _rem(group, 2)
 
         @pl.when(group < groups)
         def _():
@@ -759,7 +763,7 @@ class _Blocks:
                     pltpu.make_async_copy(source, place, self.sem.at[buffer])
                     for source in (
                         self.hbm.at[jnp.minimum(slot, self.slots - 1)],
-                        self.held.at[self.zero],
+                        self.held.at[jnp.int32(self.zero)],
                     )
                 ]
                 pl.when(slot < self.slots)(copies[0].start)
@@ -772,7 +776,7 @@ class _Blocks:
                 jnp.where(slot < self.slots, slot, self.zero) for slot in slots(group)
             ]
         else:
-            buffer = lax.rem(group, 2)
+            buffer = _rem(group, 2)
             self.start(slots, group + 1, groups)
             low = buffer * self.unroll
             _wait(self.held.at[pl.ds(low, self.unroll)], self.sem.at[buffer])
@@ -790,6 +794,26 @@ def _dot(a, b, transpose, widen):
         a, b = a.astype(jnp.float32), b.astype(jnp.float32)
     dims = (((1,), (1 if transpose else 0,)), ((), ()))
     return lax.dot_general(a, b, dims, preferred_element_type=jnp.float32)
+
+
+def _each(stop, body, start=0):
+    """Calls ``body(index, None)`` for index from start to stop."""
+    lax.fori_loop(jnp.int32(start), jnp.int32(stop), body, None)
+
+
+# Of int32 indices, also where Python's integers are 64 bits.
+
+
+def _div(index, size):
+    return lax.div(index, jnp.int32(size))
+
+
+def _cdiv(index, size):
+    return _div(index + (size - 1), size)
+
+
+def _rem(index, size):
+    return lax.rem(index, jnp.int32(size))
 
 
 def _place(strip_ref, index, row, col, block):

@@ -3,9 +3,20 @@
 ``nnx`` and ``linen`` wrap these and add no arithmetic, so both have the same parameter
 names and shapes: ``kernel`` and ``bias``, with the topology beside them as
 ``kernel_mask``, ``kernel_layout`` or ``kernel_indices``. Structured layers have
-``factor_0``, ``factor_1``, ..., or ``down``, ``up`` and ``blocks``, for the kernel.
+``factor_0``, ``factor_1``, ..., or ``down``, ``up`` and ``blocks``, for the kernel;
+attention has ``query``, ``key``, ``value`` and ``out``.
 """
 
+from sparsejax.layers._attention import AttentionMask as AttentionMask
+from sparsejax.layers._attention import apply_sparse_attention as apply_sparse_attention
+from sparsejax.layers._attention import (
+    decode_sparse_attention as decode_sparse_attention,
+)
+from sparsejax.layers._attention import mask_holds_arrays as mask_holds_arrays
+from sparsejax.layers._attention_spec import SparseAttentionSpec as SparseAttentionSpec
+from sparsejax.layers._attention_spec import (
+    init_sparse_attention as init_sparse_attention,
+)
 from sparsejax.layers._condense import CondensedChoice as CondensedChoice
 from sparsejax.layers._condense import CondenseReport as CondenseReport
 from sparsejax.layers._condense import condense as condense
@@ -44,6 +55,8 @@ from sparsejax.layers._iso_flop_specs import (
 )
 from sparsejax.layers._iso_flop_specs import SparseParallelSpec as SparseParallelSpec
 from sparsejax.layers._iso_flop_specs import SparseWideSpec as SparseWideSpec
+from sparsejax.layers._kv_cache import KVCache as KVCache
+from sparsejax.layers._kv_cache import init_kv_cache as init_kv_cache
 from sparsejax.layers._linear import BlockSparseLinearSpec as BlockSparseLinearSpec
 from sparsejax.layers._linear import MaskedLinearSpec as MaskedLinearSpec
 from sparsejax.layers._linear import (
@@ -91,6 +104,7 @@ __all__ = [
     "CondensedRegion",
     "FanInLinearSpec",
     "GroupedProjectionSpec",
+    "KVCache",
     "KroneckerSparseLinearSpec",
     "LongConvSpec",
     "LowRankLinearSpec",
@@ -99,6 +113,7 @@ __all__ = [
     "MoESpec",
     "NMLinearSpec",
     "PixelflyLinearSpec",
+    "SparseAttentionSpec",
     "SparseDopedSpec",
     "SparseFactorizedSpec",
     "SparseParallelSpec",
@@ -117,21 +132,26 @@ __all__ = [
     "apply_moe",
     "apply_nm_linear",
     "apply_pixelfly_linear",
+    "apply_sparse_attention",
     "condense",
     "convert",
+    "decode_sparse_attention",
     "expand_condensed",
     "init_block_sparse_linear",
     "init_fan_in_linear",
     "init_grouped_projection",
     "init_iso_flop",
     "init_kronecker_sparse_linear",
+    "init_kv_cache",
     "init_long_conv",
     "init_low_rank_linear",
     "init_masked_linear",
     "init_moe",
     "init_nm_linear",
     "init_pixelfly_linear",
+    "init_sparse_attention",
     "iso_flop",
     "iso_flop_chain",
+    "mask_holds_arrays",
     "structure",
 ]

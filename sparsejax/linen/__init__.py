@@ -6,6 +6,7 @@ growth score; the last may be left out when a module is applied.
 """
 
 from sparsejax.layers import structure as structure
+from sparsejax.linen._attention import SparseAttention as SparseAttention
 from sparsejax.linen._condensed import FanInLinear as FanInLinear
 from sparsejax.linen._condensed import NMLinear as NMLinear
 from sparsejax.linen._iso_flop import SparseDoped as SparseDoped
@@ -36,6 +37,7 @@ __all__ = [
     "MonarchLinear",
     "NMLinear",
     "PixelflyLinear",
+    "SparseAttention",
     "SparseDoped",
     "SparseFactorized",
     "SparseParallel",

@@ -6,6 +6,7 @@ the topology, ``GrowthProbe`` the zeros whose gradient is the growth score. So
 needs.
 """
 
+from sparsejax.nnx._attention import SparseAttention as SparseAttention
 from sparsejax.nnx._condensed import FanInLinear as FanInLinear
 from sparsejax.nnx._condensed import Indices as Indices
 from sparsejax.nnx._condensed import NMLinear as NMLinear
@@ -47,6 +48,7 @@ __all__ = [
     "MonarchLinear",
     "NMLinear",
     "PixelflyLinear",
+    "SparseAttention",
     "SparseDoped",
     "SparseFactorized",
     "SparseParallel",

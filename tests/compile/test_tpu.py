@@ -3,6 +3,7 @@
 import importlib.util
 import pathlib
 
+import jax
 import pytest
 
 # The tests' folders are no packages; this one has a helper of its own.
@@ -70,6 +71,13 @@ def test_blocks(block_shape, dtype, op):
 )
 def test_shapes(m, k, n, slots, op):
     check("v5e", op, m, k, n, (128, 128), slots, "bfloat16")
+
+
+@pytest.mark.parametrize("op", NAMES)
+def test_64_bit_types_on(op):
+    with jax.enable_x64(True):
+        for block_shape in ((128, 128), (32, 64)):
+            check("v5e", op, 512, 512, 512, block_shape, 6, "bfloat16")
 
 
 def test_float32_master_gradient():

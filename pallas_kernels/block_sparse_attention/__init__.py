@@ -1,0 +1,1 @@
+"""Attention over listed blocks: ``forward``, ``backward_q`` and ``backward_kv``."""

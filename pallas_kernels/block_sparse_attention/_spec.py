@@ -1,0 +1,379 @@
+"""What the attention kernels take, and their tile sizes. Pure Python on shapes.
+
+Every backend file has the same three functions. Arrays are head-major; t and s are
+padded to whole blocks of block_q queries and block_k keys, nq and nk of them.
+
+``forward(q, k, v, lists, elements, *, scale, soft_cap, block_bias, page_table, config,
+interpret)`` -> (out, lse)
+    q        [b, h, t, d]            k [b, h_kv, s, d]      v [b, h_kv, s, dv]
+    lists    (kv_idx int32 [mask_b, mask_h, nq, capacity], kv_cnt int32 [mask_b, mask_h,
+             nq], kv_full [mask_b, mask_h, nq, capacity]): each query block's key
+             blocks; slots beyond the count are in range and take no part
+    elements ``Elements``: which elements of a block that is not full are allowed
+    block_bias float32 [mask_b or 1, h, mask_h or 1, nq, capacity], or None
+    page_table int32 [b, nk], or None: then k and v are pages [pages, h_kv, block_k, d],
+             and key block j of a sequence lies in page page_table[b, j]
+    out      [b, h, t, dv] of q's dtype              lse float32 [b, h, t]
+
+        z = scale * q . k,  z = soft_cap * tanh(z / soft_cap),  z += the block's bias
+        lse = log(sum over allowed j of exp(z)),    out = sum of exp(z - lse) v
+
+    A row that allows nothing has out 0 and lse -inf. mask_b is 1 or b, mask_h divides
+    h: neighbouring query heads share a list.
+
+``backward_q(q, k, v, dout, lse, delta, lists, elements, *, scale, soft_cap, block_bias,
+config, interpret)`` -> dq, or (dq, dbias) where block_bias is given
+    dout     [b, h, t, dv]           lse, delta float32 [b, h, t]
+    dq       [b, h, t, d]            dbias float32 [bias_b, h, nq, capacity]
+
+        p = exp(z - lse),  dz = p (dout . v - delta),  dq = scale * sum over j of dz k
+
+    dz is multiplied by the cap's derivative 1 - (z / soft_cap)^2 (z before the bias). A
+    block's dbias is the sum of its dz before that; slots beyond the count have 0.
+
+``backward_kv(q, k, v, dout, lse, delta, transposed, elements, *, scale, soft_cap,
+block_bias, config, interpret)`` -> (dk, dv)
+    transposed (q_idx int32 [mask_b, mask_h, nq * capacity], q_full [the same],
+               ptr int32 [mask_b, mask_h, nk + 1], slot int32 [as q_idx]): the same
+               blocks by key block: key block j has entries ptr[j] .. ptr[j + 1]; slot
+               is each one's place in the lists [nq * capacity], by which block_bias is
+               asked
+    dk, dv     like k and v, over all query heads of a key head:
+               dk = scale * sum over i of dz q,  dv = sum over i of p dout
+
+Sums are float32; p and dz are rounded to the arrays' dtype before they are multiplied.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+
+class Elements(NamedTuple):
+    """Which elements of a listed block are allowed, unless the block is full.
+
+    predicate: (i, j, rows, cols, scalars, dense) -> bool, elementwise; i and j are the
+        positions of queries and keys, int32. None: all of them.
+    rows: int32 [b or 1, heads, t] each, cols: int32 [b or 1, heads, s] each, scalars:
+        int32 [b or 1, heads] each, dense: bool [b or 1, heads, t, s] each; heads
+        divides h.
+    """
+
+    predicate: Callable[..., Any] | None = None
+    rows: tuple[Any, ...] = ()
+    cols: tuple[Any, ...] = ()
+    scalars: tuple[Any, ...] = ()
+    dense: tuple[Any, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """The static facts by which a backend accepts an attention and picks its tiles.
+
+    ``op`` is "forward", "backward_q" or "backward_kv"; t and s are the true lengths,
+    before padding; rows, cols, scalars and dense count the predicate's operands.
+    """
+
+    op: str
+    b: int
+    h: int
+    h_kv: int
+    t: int
+    s: int
+    d: int
+    dv: int
+    block_q: int
+    block_k: int
+    capacity: int
+    mask_b: int
+    mask_h: int
+    dtype: str
+    rows: int = 0
+    cols: int = 0
+    scalars: int = 0
+    dense: int = 0
+    soft_cap: bool = False
+    bias: bool = False
+    paged: bool = False
+
+    def __str__(self):
+        return (
+            f"{self.op}: batch {self.b}, {self.h} heads ({self.h_kv} of keys), "
+            f"{self.t}x{self.s} positions, head sizes {self.d} and {self.dv}, lists of "
+            f"{self.capacity} blocks of {self.block_q}x{self.block_k} for "
+            f"{self.mask_b}x{self.mask_h} heads, {self.dtype}"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Tile sizes of one kernel call.
+
+    keys: the true number of keys, beyond which none is allowed.
+    group: query heads that a program holds together; they share lists and keys.
+    unroll: listed blocks that one inner step takes.
+    rows: rows of a tile that go through the inner step at a time.
+    vmem: TPU: bytes that the kernel may take of VMEM.
+    stages: GPU: depth of the copy pipeline.
+    tile: GPU: positions that one step meets, of a listed block.
+    warpgroups: GPU: warpgroups that compute, 64 rows each.
+    split: GPU, backward_kv: of two warpgroups one sums for dk, the other for dv.
+    """
+
+    keys: int
+    block_q: int
+    block_k: int
+    group: int = 1
+    unroll: int = 1
+    rows: int = 128
+    vmem: int = 0
+    stages: int = 2
+    tile: int = 64
+    warpgroups: int = 1
+    split: bool = False
+
+
+# --- TPU: Pallas Mosaic -------------------------------------------------------------
+
+# VMEM of one core in MiB, less what the compiler keeps for itself. Where the chip is
+# not known yet the tiles must fit the smallest.
+TPU_VMEM = {"v4": 13, "v5e": 100, "v5p": 52, "v6e": 100, "tpu7x": 52, None: 13}
+TPU_LANES = 128
+# Query rows of a tile are whole registers of any dtype; others are padded.
+TPU_ROWS = 32
+# What the compiler keeps in VMEM beside the buffers asked for: spills, constants.
+TPU_SLACK = 2 * 2**20
+# Rows that one inner step brings at most, that a program holds, and that go through an
+# inner step at a time: by the compiler's schedules for v5e, taller ones gain nothing.
+_TPU_KEYS = 512
+_TPU_TILE = 1024
+_TPU_CHUNK = 512
+# Bytes of SMEM that a program's lists may take.
+_TPU_SMEM = 256 * 2**10
+
+
+def check_mosaic_tpu(problem: Problem, chip: str | None) -> None:
+    """Raises NotImplementedError where the TPU kernels do not serve the problem.
+
+    Args:
+        problem: the attention asked for.
+        chip: "v4", "v5e", "v5p", "v6e", "tpu7x", another chip's name, or None where it
+            is not known yet.
+    """
+    if chip not in TPU_VMEM:
+        served = ", ".join(name for name in TPU_VMEM if name)
+        raise NotImplementedError(f"mosaic_tpu: chip is {chip}, needs one of {served}")
+    if problem.dtype not in ("bfloat16", "float32"):
+        raise NotImplementedError(
+            f"mosaic_tpu: dtype is {problem.dtype}, needs bfloat16 or float32"
+        )
+    for name in ("b", "h", "h_kv", "t", "s", "block_q", "capacity"):
+        if getattr(problem, name) < 1:
+            raise NotImplementedError(
+                f"mosaic_tpu: {name} is {getattr(problem, name)}, needs at least 1"
+            )
+    for name in ("d", "dv"):
+        size = getattr(problem, name)
+        if size % 8 or not 8 <= size <= 256:
+            raise NotImplementedError(
+                f"mosaic_tpu: {name} is {size}, needs a multiple of 8 from 8 to 256"
+            )
+    if problem.block_k % TPU_LANES or problem.block_k < TPU_LANES:
+        raise NotImplementedError(
+            f"mosaic_tpu: block_k is {problem.block_k}, needs a multiple of {TPU_LANES}"
+        )
+    if problem.paged and problem.op != "forward":
+        raise NotImplementedError(f"mosaic_tpu: pages have no {problem.op}")
+    entries = problem.capacity
+    if problem.op == "backward_kv":
+        # All list heads of a key head, each with as many entries as query blocks.
+        entries = -(-problem.t // problem.block_q)
+        entries *= max(1, problem.mask_h // problem.h_kv)
+    if 4 * entries > _TPU_SMEM:
+        name = "t" if problem.op == "backward_kv" else "capacity"
+        raise NotImplementedError(
+            f"mosaic_tpu: {name} is {getattr(problem, name)}, whose lists take "
+            f"{4 * entries} bytes of SMEM, needs at most {_TPU_SMEM}: larger blocks"
+        )
+    needed, room = config_mosaic_tpu(problem, chip).vmem, TPU_VMEM[chip] * 2**20
+    if needed > room:
+        raise NotImplementedError(
+            f"mosaic_tpu: blocks of {problem.block_q}x{problem.block_k}, head sizes "
+            f"{problem.d} and {problem.dv} need {needed} bytes of VMEM, "
+            f"{chip or 'the smallest chip'} has {room}: smaller blocks"
+        )
+
+
+def config_mosaic_tpu(problem: Problem, chip: str | None) -> Config:
+    """Picks how many heads a program holds and how many blocks an inner step takes."""
+    room = TPU_VMEM.get(chip, TPU_VMEM[None]) * 2**20
+    # Heads that share a list and keys; more rows for each block that is brought.
+    share = problem.h // math.lcm(problem.h_kv, problem.mask_h)
+    heads = [g for g in range(max(share, 1), 0, -1) if share % g == 0] or [1]
+    heads = [g for g in heads if g * problem.block_q <= _TPU_TILE] or [1]
+    if problem.op == "backward_kv":
+        rows, listed = problem.block_q, -(-problem.t // problem.block_q)
+    else:
+        rows, listed = problem.block_k, problem.capacity
+    config = Config(
+        problem.s,
+        problem.block_q,
+        problem.block_k,
+        rows=_TPU_CHUNK if problem.op == "forward" else _TPU_CHUNK // 2,
+    )
+    for group in heads:
+        wide = rows * group if problem.op == "backward_kv" else rows
+        for unroll in range(max(1, min(_TPU_KEYS // wide, listed)), 0, -1):
+            config = dataclasses.replace(config, group=group, unroll=unroll)
+            config = dataclasses.replace(config, vmem=vmem_mosaic_tpu(problem, config))
+            if config.vmem <= room:
+                return config
+    return config
+
+
+def vmem_mosaic_tpu(problem: Problem, config: Config) -> int:
+    """Bytes of VMEM that a kernel's buffers take."""
+    item = 2 if problem.dtype == "bfloat16" else 4
+    wide = lambda size: -(-size // TPU_LANES) * TPU_LANES
+    d, dv = wide(problem.d), wide(problem.dv)
+    rows = -(-config.group * problem.block_q // TPU_ROWS) * TPU_ROWS
+    keys = problem.block_k
+    # A line of numbers takes eight sublanes; a column of them, all lanes.
+    line, column = 32 * 2, TPU_LANES * 4
+    if problem.op == "backward_kv":
+        rows *= config.unroll
+        tiles, sums = 2 * rows * (d + dv) + 4 * keys * (d + dv), keys * (d + dv)
+        elements = rows * (3 + problem.rows) * line
+        elements += keys * problem.cols * (line + column)
+        height, width = min(config.rows, keys), rows
+    else:
+        keys *= config.unroll
+        tiles, sums = 2 * (rows + keys) * (d + dv), rows * (dv + 2 * TPU_LANES)
+        lines = 1 + problem.rows
+        if problem.op == "backward_q":
+            tiles, sums = tiles + 2 * rows * d, rows * d
+            lines += 2
+        elements = keys * problem.cols * line + rows * lines * (line + column)
+        height, width = min(config.rows, rows), keys
+    elements += 2 * problem.dense * rows * keys
+    # What of a part's logits the compiler keeps in VMEM between products.
+    logits = 4 * height * width * 4
+    return tiles * item + 4 * sums + elements + logits + TPU_SLACK
+
+
+# --- GPU: Pallas Mosaic, Hopper -----------------------------------------------------
+
+# Rows of a warpgroup: what one wgmma takes.
+HOPPER_ROWS = 64
+# Shared memory that one program can ask for, and what its barriers and the alignment of
+# its buffers may take of it.
+_HOPPER_SMEM = 232_448
+_HOPPER_BARRIERS = 4_096
+
+
+def check_mosaic_gpu(problem: Problem, chip: str | None) -> None:
+    """Raises NotImplementedError where the Hopper kernels do not serve the problem.
+
+    Args:
+        problem: the attention asked for.
+        chip: "h100", "h200", another chip's name, or None where it is not known yet.
+    """
+    if chip not in (None, "h100", "h200"):
+        raise NotImplementedError(
+            f"mosaic_gpu: chip is {chip}, needs a Hopper GPU (h100, h200)"
+        )
+    if problem.dtype not in ("bfloat16", "float16"):
+        raise NotImplementedError(
+            f"mosaic_gpu: dtype is {problem.dtype}, needs bfloat16 or float16"
+        )
+    for name in ("b", "h", "h_kv", "t", "s", "capacity"):
+        if getattr(problem, name) < 1:
+            raise NotImplementedError(
+                f"mosaic_gpu: {name} is {getattr(problem, name)}, needs at least 1"
+            )
+    for name in ("block_q", "block_k"):
+        side = getattr(problem, name)
+        if side % HOPPER_ROWS or side < HOPPER_ROWS:
+            raise NotImplementedError(
+                f"mosaic_gpu: {name} is {side}, needs a multiple of {HOPPER_ROWS}"
+            )
+    for name in ("d", "dv"):
+        size = getattr(problem, name)
+        if size not in (64, 128, 192):
+            raise NotImplementedError(
+                f"mosaic_gpu: {name} is {size}, needs 64, 128 or 192"
+            )
+        # Registers left beside sums of 192 columns are for positions only.
+        more = problem.rows + problem.cols + problem.scalars
+        if size > 128 and (more or problem.soft_cap or problem.bias):
+            raise NotImplementedError(
+                f"mosaic_gpu: {name} is {size} with operands of a predicate, a soft "
+                "cap or a bias, needs 64 or 128"
+            )
+    if problem.dense:
+        raise NotImplementedError(f"mosaic_gpu: dense is {problem.dense}, needs 0")
+    if problem.paged and problem.op != "forward":
+        raise NotImplementedError(f"mosaic_gpu: pages have no {problem.op}")
+    config = config_mosaic_gpu(problem, chip)
+    needed = smem_mosaic_gpu(problem, config)
+    if needed > _HOPPER_SMEM:
+        raise NotImplementedError(
+            f"mosaic_gpu: rows is {problem.rows}, cols is {problem.cols}, with head "
+            f"sizes {problem.d} and {problem.dv} {problem.op} takes {needed} bytes of "
+            f"shared memory, needs at most {_HOPPER_SMEM}"
+        )
+
+
+def config_mosaic_gpu(problem: Problem, chip: str | None) -> Config:
+    """Picks the tiles of the Hopper kernels; h100 and h200 differ in memory only.
+
+    By registers and shared memory, not yet by measurement: two computing warpgroups
+    where they fit, of one block or of two heads that share one.
+    """
+    del chip
+    by_keys = problem.op == "backward_kv"
+    block, step = problem.block_q, problem.block_k
+    if by_keys:
+        block, step = step, block
+    across = 2 if block % (2 * HOPPER_ROWS) == 0 else 1
+    share = problem.h // math.lcm(problem.h_kv, problem.mask_h)
+    group = 2 if across == 1 and share % 2 == 0 and not by_keys else 1
+    config = Config(problem.s, problem.block_q, problem.block_k)
+    # By ptxas: logits of a forward step are 64 registers with a tile of 128, which fits
+    # beside sums of 128 columns, but not if operands are asked. The backward kernels
+    # have two such arrays; sums for keys and values fit together for heads of 64.
+    heads = max(problem.d, problem.dv)
+    most = 64 if problem.rows or problem.cols else 128
+    wide = step % 128 == 0 and heads <= (most if problem.op == "forward" else 0)
+    split = by_keys and heads > 64
+    both = 2 if split else across * group
+    for warpgroups, tile in (both, 128 if wide and both == 2 else 64), (1, 64):
+        for stages in (4, 3, 2):
+            config = dataclasses.replace(
+                config,
+                group=min(group, warpgroups),
+                warpgroups=warpgroups,
+                split=split and warpgroups == 2,
+                tile=tile,
+                stages=stages,
+            )
+            if smem_mosaic_gpu(problem, config) <= _HOPPER_SMEM:
+                return config
+    return config
+
+
+def smem_mosaic_gpu(problem: Problem, config: Config) -> int:
+    """Bytes of shared memory that a program takes."""
+    d, dv, rows = problem.d, problem.dv, config.warpgroups * HOPPER_ROWS
+    both = 2 * (d + dv)
+    if problem.op == "backward_kv":
+        rows = HOPPER_ROWS if config.split else rows
+        home = rows * both
+        stage = config.tile * (both + 8 + 4 * problem.rows) + 4 * rows * problem.cols
+    else:
+        home = rows * (2 * d + 8 + 4 * problem.rows)
+        if problem.op == "backward_q" or d != dv:
+            home += rows * 2 * dv
+        stage = config.tile * (both + 4 * problem.cols * config.group)
+    return _HOPPER_BARRIERS + home + config.stages * stage
