@@ -316,7 +316,7 @@ def build(graphdef: Any, optimizer: optax.GradientTransformationExtraArgs) -> Pr
 
     def loss_of(params, batch):
         tokens = batch.astype(jnp.int32)
-        logits, _ = nnx.merge(graphdef, params)(tokens[:, :-1])
+        logits, *_ = nnx.merge(graphdef, params)(tokens[:, :-1])
         return optax.softmax_cross_entropy_with_integer_labels(
             logits, tokens[:, 1:]
         ).mean()

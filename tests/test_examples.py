@@ -370,8 +370,15 @@ class Stopped(Exception):
     """As if the process were killed."""
 
 
-@pytest.mark.parametrize("after", [False, True])
-@pytest.mark.parametrize("what", ["record", "checkpoint"])
+@pytest.mark.parametrize(
+    ("what", "after"),
+    [
+        ("record", False),
+        pytest.param("record", True, marks=pytest.mark.slow),
+        pytest.param("checkpoint", False, marks=pytest.mark.slow),
+        pytest.param("checkpoint", True, marks=pytest.mark.slow),
+    ],
+)
 def test_stopped_around_a_record_or_a_checkpoint_no_record_is_lost(
     run, tmp_path, monkeypatch, what, after
 ):

@@ -6,11 +6,13 @@ import re
 from pathlib import Path
 
 import jax
+import pytest
 
 TEXT = (Path(__file__).parents[1] / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
 
 
+@pytest.mark.slow
 def test_examples_print_what_they_say():
     """One after the other, as a reader would paste them."""
     wanted = re.findall(r"print\(.*\)  # (.*)", "".join(BLOCKS))
