@@ -24,7 +24,7 @@ def masks(draw):
     return np.array(bits, bool).reshape(kb, nb)
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(masks(), *[st.sampled_from(some) for some in ((0, 3), (0, 5), (0, 7))])
 def test_round_trips(mask, spare, short_k, short_n):
     """mask -> layout -> mask; dense -> blocks -> dense; transpose twice."""

@@ -32,6 +32,7 @@ if NEW_PALLAS:
 
 IMPLEMENTATIONS = [name for name in DSD if name != "mosaic_gpu" or NEW_PALLAS]
 KERNELS = [name for name in IMPLEMENTATIONS if name != "xla"]
+slow = lambda value: pytest.param(value, marks=pytest.mark.slow)
 
 # name: (m, (k, n), block, density, spare slots, dtype)
 CASES = {
@@ -188,7 +189,7 @@ def second_order(product):
     return jax.grad(of_gradients, (0, 1))
 
 
-@pytest.mark.parametrize("name", ["square16", "ragged_edges"])
+@pytest.mark.parametrize("name", [slow("square16"), "ragged_edges"])
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_gradient_of_gradient(implementation, name):
     if (implementation, name) in REFUSED:
@@ -214,7 +215,7 @@ def test_gradient_of_gradient(implementation, name):
         assert_close(got, want, base, eps=1e-5)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", ["xla", *map(slow, KERNELS)])
 def test_transformations(implementation):
     """vmap of every operand, scan, checkpoint, a layout built inside jit."""
     layout, x, blocks, _ = case("square16_bf16")

@@ -358,7 +358,10 @@ def test_any_activation(activation):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(("name", "shape"), [("plain", ()), ("by_expert", (10,))])
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [pytest.param("plain", (), marks=pytest.mark.slow), ("by_expert", (10,))],
+)
 def test_an_activation_that_is_learned(name, shape):
     """Of a slope per hidden unit, or one of all: its gradient too, and vmap over it."""
     x, routing, ws, dy = case(name)

@@ -289,7 +289,9 @@ class Case:
 
 
 CASES = {
-    "grouped, packed": Case(h=4, h_kv=2, predicate=causal),
+    "grouped, packed": Case(
+        h=4, h_kv=2, predicate=documents, rows=1, cols=1, scalars=1
+    ),
     "ragged": Case(b=2, t=70, s=100, mask_b=2, predicate=everything),
     "blocks alone": Case(s=100, h_kv=2, mask_h=2),
     "documents": Case(

@@ -176,7 +176,13 @@ OPTIMIZERS = {
 }
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+QUICK = "adamw", "multi_steps", "partition"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in OPTIMIZERS],
+)
 def test_step_moves_a_whole_model_with_any_optimizer_state(name):
     tx = OPTIMIZERS[name]
     up, up_layout, up_scores = make(0)

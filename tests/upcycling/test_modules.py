@@ -254,7 +254,7 @@ CASE = {
 
 @pytest.mark.slow
 @given(**CASE)
-@settings(max_examples=8, deadline=None, derandomize=True, database=None)
+@settings(max_examples=5, deadline=None, derandomize=True, database=None)
 def test_exact_is_what_is_measured_with_modules(**case):
     check(**case)
 
