@@ -211,12 +211,15 @@ def global_tokens(n: Any) -> Expression:
     """The first n tokens attend to all and are attended by all: i < n or j < n.
 
     Args:
-      n: An int, or int32 ``[b]`` or ``[b|1, h|1]``, which may be traced.
+      n: At least 0. An int, or int32 ``[b]`` or ``[b|1, h|1]``, which may be traced.
 
     Returns:
       The expression. ``& causal()`` leaves keys below n, attention sinks.
+
+    Raises:
+      ValueError: n is below 0.
     """
-    n = checked_number("n", n)
+    n = checked_number("n", n, least=0)
     return _Below("i", n) | _Below("j", n)
 
 

@@ -254,6 +254,7 @@ BAD = [
     (lambda: at.sliding_window(2.5), "w: got 2.5, needed an int"),
     (lambda: at.keys_below(jnp.zeros((1, 2, 3), jnp.int32)), r"n: got shape \(1, 2, 3"),
     (lambda: at.strided(0), "s: got 0, needed at least 1"),
+    (lambda: at.global_tokens(-1), "n: got -1, needed at least 0"),
     (lambda: at.dilated(0, 2), "window: got 0"),
     (lambda: at.dilated(2, -1), "dilation: got -1"),
     (lambda: at.block_diagonal(0), "size: got 0"),
