@@ -4,6 +4,7 @@ import gc
 import importlib.metadata
 import itertools
 import os
+import threading
 
 # Before jax starts its backend: eight devices, so that one process tests sharding; and
 # machine code that is built quickly, since every test compiles and hardly runs. Not for
@@ -22,6 +23,9 @@ for _flag in _FLAGS:
     if _flag not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_flag}".strip()
 
+# Two threads of tests fill two cores; BLAS's own, which wait busily, are in their way.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 import jax
 import pytest
 
@@ -29,7 +33,24 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 # Thousands of small programs are lowered: without the source lines of each operation,
 # and without looking for garbage all the time, that takes a tenth less.
 jax.config.update("jax_traceback_in_locations_limit", 0)
+jax.config.update("jax_enable_compilation_cache", False)  # or each program is hashed
 gc.set_threshold(50_000, 20, 50)
+
+if importlib.metadata.version("jax").startswith("0.10."):
+    # Each program is lowered in an MLIR context of its own, and to make one costs a
+    # tenth of the tests' time. Later versions use one ten times over.
+    from jax._src.interpreters import mlir
+
+    _new_context = mlir.make_ir_context
+    _context = threading.local()
+
+    def _make_ir_context():
+        if getattr(_context, "uses", 100) >= 100:
+            _context.value, _context.uses = _new_context(), 0
+        _context.uses += 1
+        return _context.value
+
+    mlir.make_ir_context = _make_ir_context
 
 if _COMPILED:  # not otherwise: the package must not be loaded before its types are
     import sparsejax.testing
