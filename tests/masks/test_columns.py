@@ -40,6 +40,20 @@ def test_a_stack_is_searched_matrix_by_matrix(key):
     assert (got.sum(-2) == 4).all()
 
 
+def test_what_does_not_fit_the_cache_is_searched_in_strips(key):
+    # 64 columns at a time; the second strip begins before the first ends.
+    scores = jnp.round(jnp.abs(jax.random.normal(key, (8192, 80))) * 64)
+    where = jax.random.bernoulli(jax.random.key(1), 0.7, scores.shape)
+    count = jnp.arange(80, dtype=jnp.int32)[None] * 75  # the last keep all they have
+    program = jax.jit(top_of_columns).lower(scores, count, where).compile()
+    assert "dynamic-update-slice" in program.as_text()
+    ranked = jnp.where(where, -scores, jnp.inf)
+    order = np.argsort(np.asarray(ranked), axis=0, kind="stable")
+    rank = np.argsort(order, axis=0)
+    want = (rank < np.asarray(count)) & np.asarray(where)
+    np.testing.assert_array_equal(program(scores, count, where), want)
+
+
 def test_nan_ranks_last():
     scores = jnp.array([[jnp.nan], [1.0], [0.0]])
     for count, want in ((2, [False, True, True]), (3, [True, True, True])):
