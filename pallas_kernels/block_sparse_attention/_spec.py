@@ -49,6 +49,9 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from pallas_kernels import _chips
+from pallas_kernels._chips import TPU_LANES
+
 
 class Elements(NamedTuple):
     """Which elements of a listed block are allowed, unless the block is full.
@@ -136,14 +139,8 @@ class Config:
 
 # --- TPU: Pallas Mosaic -------------------------------------------------------------
 
-# VMEM of one core in MiB, less what the compiler keeps for itself. Where the chip is
-# not known yet the tiles must fit the smallest.
-TPU_VMEM = {"v4": 13, "v5e": 100, "v5p": 52, "v6e": 100, "tpu7x": 52, None: 13}
-TPU_LANES = 128
 # Query rows of a tile are whole registers of any dtype; others are padded.
 TPU_ROWS = 32
-# What the compiler keeps in VMEM beside the buffers asked for: spills, constants.
-TPU_SLACK = 2 * 2**20
 # Rows that one inner step brings at most, that a program holds, and that go through an
 # inner step at a time: by the compiler's schedules for v5e, taller ones gain nothing.
 _TPU_KEYS = 512
@@ -161,28 +158,17 @@ def check_mosaic_tpu(problem: Problem, chip: str | None) -> None:
         chip: "v4", "v5e", "v5p", "v6e", "tpu7x", another chip's name, or None where it
             is not known yet.
     """
-    if chip not in TPU_VMEM:
-        served = ", ".join(name for name in TPU_VMEM if name)
-        raise NotImplementedError(f"mosaic_tpu: chip is {chip}, needs one of {served}")
-    if problem.dtype not in ("bfloat16", "float32"):
-        raise NotImplementedError(
-            f"mosaic_tpu: dtype is {problem.dtype}, needs bfloat16 or float32"
-        )
-    for name in ("b", "h", "h_kv", "t", "s", "block_q", "capacity"):
-        if getattr(problem, name) < 1:
-            raise NotImplementedError(
-                f"mosaic_tpu: {name} is {getattr(problem, name)}, needs at least 1"
-            )
+    _chips.check_chip("mosaic_tpu", chip)
+    _chips.check_dtype("mosaic_tpu", problem)
+    sizes = "b", "h", "h_kv", "t", "s", "block_q", "capacity"
+    _chips.check_positive("mosaic_tpu", problem, *sizes)
     for name in ("d", "dv"):
         size = getattr(problem, name)
         if size % 8 or not 8 <= size <= 256:
             raise NotImplementedError(
                 f"mosaic_tpu: {name} is {size}, needs a multiple of 8 from 8 to 256"
             )
-    if problem.block_k % TPU_LANES or problem.block_k < TPU_LANES:
-        raise NotImplementedError(
-            f"mosaic_tpu: block_k is {problem.block_k}, needs a multiple of {TPU_LANES}"
-        )
+    _chips.check_multiple("mosaic_tpu", problem, TPU_LANES, "block_k")
     if problem.paged and problem.op != "forward":
         raise NotImplementedError(f"mosaic_tpu: pages have no {problem.op}")
     entries = problem.capacity
@@ -196,7 +182,7 @@ def check_mosaic_tpu(problem: Problem, chip: str | None) -> None:
             f"mosaic_tpu: {name} is {getattr(problem, name)}, whose lists take "
             f"{4 * entries} bytes of SMEM, needs at most {_TPU_SMEM}: larger blocks"
         )
-    needed, room = config_mosaic_tpu(problem, chip).vmem, TPU_VMEM[chip] * 2**20
+    needed, room = config_mosaic_tpu(problem, chip).vmem, _chips.tpu_vmem(chip)
     if needed > room:
         raise NotImplementedError(
             f"mosaic_tpu: blocks of {problem.block_q}x{problem.block_k}, head sizes "
@@ -207,7 +193,7 @@ def check_mosaic_tpu(problem: Problem, chip: str | None) -> None:
 
 def config_mosaic_tpu(problem: Problem, chip: str | None) -> Config:
     """Picks how many heads a program holds and how many blocks an inner step takes."""
-    room = TPU_VMEM.get(chip, TPU_VMEM[None]) * 2**20
+    room = _chips.tpu_vmem(chip)
     # Heads that share a list and keys; more rows for each block that is brought.
     share = problem.h // math.lcm(problem.h_kv, problem.mask_h)
     heads = [g for g in range(max(share, 1), 0, -1) if share % g == 0] or [1]
@@ -235,8 +221,7 @@ def config_mosaic_tpu(problem: Problem, chip: str | None) -> Config:
 def vmem_mosaic_tpu(problem: Problem, config: Config) -> int:
     """Bytes of VMEM that a kernel's buffers take."""
     item = 2 if problem.dtype == "bfloat16" else 4
-    wide = lambda size: -(-size // TPU_LANES) * TPU_LANES
-    d, dv = wide(problem.d), wide(problem.dv)
+    d, dv = _chips.up(problem.d), _chips.up(problem.dv)
     rows = -(-config.group * problem.block_q // TPU_ROWS) * TPU_ROWS
     keys = problem.block_k
     # A line of numbers takes eight sublanes; a column of them, all lanes.
@@ -259,17 +244,15 @@ def vmem_mosaic_tpu(problem: Problem, config: Config) -> int:
     elements += 2 * problem.dense * rows * keys
     # What of a part's logits the compiler keeps in VMEM between products.
     logits = 4 * height * width * 4
-    return tiles * item + 4 * sums + elements + logits + TPU_SLACK
+    return tiles * item + 4 * sums + elements + logits + _chips.TPU_SLACK
 
 
 # --- GPU: Pallas Mosaic, Hopper -----------------------------------------------------
 
 # Rows of a warpgroup: what one wgmma takes.
 HOPPER_ROWS = 64
-# Shared memory that one program can ask for, and what its barriers and the alignment of
-# its buffers may take of it.
-_HOPPER_SMEM = 232_448
-_HOPPER_BARRIERS = 4_096
+# What of a program's shared memory its barriers and the alignment of its buffers take.
+_HOPPER_SLACK = 4_096
 
 
 def check_mosaic_gpu(problem: Problem, chip: str | None) -> None:
@@ -279,25 +262,10 @@ def check_mosaic_gpu(problem: Problem, chip: str | None) -> None:
         problem: the attention asked for.
         chip: "h100", "h200", another chip's name, or None where it is not known yet.
     """
-    if chip not in (None, "h100", "h200"):
-        raise NotImplementedError(
-            f"mosaic_gpu: chip is {chip}, needs a Hopper GPU (h100, h200)"
-        )
-    if problem.dtype not in ("bfloat16", "float16"):
-        raise NotImplementedError(
-            f"mosaic_gpu: dtype is {problem.dtype}, needs bfloat16 or float16"
-        )
-    for name in ("b", "h", "h_kv", "t", "s", "capacity"):
-        if getattr(problem, name) < 1:
-            raise NotImplementedError(
-                f"mosaic_gpu: {name} is {getattr(problem, name)}, needs at least 1"
-            )
-    for name in ("block_q", "block_k"):
-        side = getattr(problem, name)
-        if side % HOPPER_ROWS or side < HOPPER_ROWS:
-            raise NotImplementedError(
-                f"mosaic_gpu: {name} is {side}, needs a multiple of {HOPPER_ROWS}"
-            )
+    _chips.check_chip("mosaic_gpu", chip)
+    _chips.check_dtype("mosaic_gpu", problem)
+    _chips.check_positive("mosaic_gpu", problem, "b", "h", "h_kv", "t", "s", "capacity")
+    _chips.check_multiple("mosaic_gpu", problem, HOPPER_ROWS, "block_q", "block_k")
     for name in ("d", "dv"):
         size = getattr(problem, name)
         if size not in (64, 128, 192):
@@ -317,11 +285,11 @@ def check_mosaic_gpu(problem: Problem, chip: str | None) -> None:
         raise NotImplementedError(f"mosaic_gpu: pages have no {problem.op}")
     config = config_mosaic_gpu(problem, chip)
     needed = smem_mosaic_gpu(problem, config)
-    if needed > _HOPPER_SMEM:
+    if needed > _chips.HOPPER_SMEM:
         raise NotImplementedError(
             f"mosaic_gpu: rows is {problem.rows}, cols is {problem.cols}, with head "
             f"sizes {problem.d} and {problem.dv} {problem.op} takes {needed} bytes of "
-            f"shared memory, needs at most {_HOPPER_SMEM}"
+            f"shared memory, needs at most {_chips.HOPPER_SMEM}"
         )
 
 
@@ -358,7 +326,7 @@ def config_mosaic_gpu(problem: Problem, chip: str | None) -> Config:
                 tile=tile,
                 stages=stages,
             )
-            if smem_mosaic_gpu(problem, config) <= _HOPPER_SMEM:
+            if smem_mosaic_gpu(problem, config) <= _chips.HOPPER_SMEM:
                 return config
     return config
 
@@ -376,4 +344,4 @@ def smem_mosaic_gpu(problem: Problem, config: Config) -> int:
         if problem.op == "backward_q" or d != dv:
             home += rows * 2 * dv
         stage = config.tile * (both + 4 * problem.cols * config.group)
-    return _HOPPER_BARRIERS + home + config.stages * stage
+    return _HOPPER_SLACK + home + config.stages * stage
