@@ -9,9 +9,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.block_sparse_attention._copies_gpu import (
+    bring_rows,
     key_streams,
     launch,
-    of_rows,
     operands_of,
     query_streams,
     row_buffers,
@@ -24,19 +24,21 @@ from pallas_kernels.block_sparse_attention._spec import Config, Elements
 from pallas_kernels.block_sparse_attention._tiles_gpu import (
     LOG2E,
     add,
+    left_operand,
     logits,
     masked,
     numbers,
     probabilities,
     product,
     summed,
+    take_turns,
 )
 from pallas_kernels.block_sparse_attention._walk_gpu import (
-    across_keys,
     key_place,
     key_steps,
     query_place,
     query_steps,
+    row_pieces,
 )
 
 
@@ -77,21 +79,22 @@ def backward_q(
         dq [b, h, t, d]; with a bias also dbias, float32 [its b, h, nq, capacity].
     """
     (b, h, t, d), dv = q.shape, v.shape[3]
-    shape, warpgroups = (ROWS, config.tile), config.warpgroups
+    shape = ROWS, config.tile
     ins = operands_of(elements, q=q, k=k, v=v, lists=lists, bias=block_bias)
     ins |= dict(dout=dout, lse=_base_2(lse), delta=delta)
     capacity, parts = lists[0].shape[3], config.block_k // config.tile
 
     def body(ins, outs, home, streams, own):
-        (spare,) = own
+        spare, done = own
         place = query_place(ins, config)
         walk, fetch = key_steps(ins, place, streams, config)
         q_smem, dout_smem, lse_smem, delta_smem, *rows_smem = home.buffers
         k_smem, *cols_smem = streams[0].buffers
         (v_smem,) = streams[1].buffers
-        mine = place.warpgroup
+        mine = place.piece
 
-        def one(sums, step, slot, carry):
+        def one(columns, sums, step, slot, carry):
+            """Adds a step to the sum of some columns, (first, number)."""
             streams[0].wait(slot)
             z = product(q_smem.at[mine], k_smem.at[slot], shape)
             z, slope = logits(z, scale, soft_cap, step.bias)
@@ -103,21 +106,35 @@ def backward_q(
             dp = product(dout_smem.at[mine], v_smem.at[slot], shape)
             streams[1].release(slot)
             dz = p * (dp - numbers(delta_smem.at[mine], shape, 0))
-            if block_bias is not None:
+            if block_bias is not None and columns[0] == 0:
                 at = place.batch, place.head, lax.div(place.row, jnp.int32(ROWS))
                 outs[1][(*at, step.number)] = dz.sum(axis=1).sum()
             dz = dz if slope is None else dz * slope
-            add(sums[0], dz.astype(q.dtype), k_smem.at[slot], spare, mine)
+            left = left_operand(dz.astype(q.dtype), spare, place.warpgroup)
+            add(sums[0], left, k_smem.at[slot, :, pl.ds(*columns)])
             streams[0].release(slot)
             return carry
 
+        def work(*columns):
+            (dq,) = summed(walk, functools.partial(one, columns), columns[1])
+            # Both are through with the queries, whose place results take.
+            take_turns(done)
+            q_smem[mine, :, pl.ds(*columns)] = (dq * scale).astype(q.dtype)
+            plgpu.commit_smem()
+            take_turns(done)
+
         def compute():
             arrays = [ins[name] for name in ("q", "dout", "lse", "delta")]
-            home.fill(mine, of_rows(place, home, [*arrays, *ins["rows"]]))
-            home.wait(mine)
-            (dq,) = summed(walk, one, d)
-            q_smem[mine] = (dq * scale).astype(q.dtype)
-            store((q_smem.at[mine], outs[0].at[place.rows]))
+            bring_rows(place, home, [*arrays, *ins["rows"]], config)
+            rows = place.batch, place.head, pl.ds(place.row, ROWS)
+            results = q_smem.at[mine], outs[0].at[rows]
+            if not config.split:
+                work(0, d)
+                return store(results)
+            is_first = place.warpgroup == 0
+            half = d // 2
+            lax.cond(is_first, lambda: work(0, half), lambda: work(half, half))
+            return pl.when(is_first)(lambda: store(results))
 
         run_warpgroups(place, walk, fetch, compute, streams, config)
 
@@ -132,9 +149,9 @@ def backward_q(
         outs,
         home=row_buffers([d, dv], 2, elements.rows, q.dtype, config),
         streams=key_streams(d, dv, elements, q.dtype, config),
-        own=[spare_tiles(q.dtype, config, interpret)],
+        own=_own(q.dtype, config, interpret),
         name="block_sparse_attention_dq",
-        programs=b * h * t // (ROWS * warpgroups),
+        programs=b * h * t // (ROWS * row_pieces(config)),
         config=config,
         interpret=interpret,
     )
@@ -189,7 +206,7 @@ def backward_kv(
         dk [b, h_kv, s, d] and dv [b, h_kv, s, dv] of q's dtype.
     """
     (b, h_kv, s, d), dv = k.shape, v.shape[3]
-    shape, across = (ROWS, config.tile), across_keys(config)
+    shape = ROWS, config.tile
     ins = operands_of(elements, q=q, k=k, v=v, lists=tuple(transposed), bias=block_bias)
     ins |= dict(dout=dout, lse=_base_2(lse), delta=delta)
 
@@ -201,8 +218,7 @@ def backward_kv(
         rows_smem = operands[: len(ins["rows"])]
         cols_smem = operands[len(ins["rows"]) :]
         dout_smem, delta_smem = streams[1].buffers
-        k_smem, v_smem = (buffer.at[place.member] for buffer in home.buffers)
-        mine = place.warpgroup
+        k_smem, v_smem = (buffer.at[place.piece] for buffer in home.buffers)
 
         def one(wanted, sums, step, slot, carry):
             """Adds a step to the ``wanted`` sums: of keys (0), of values (1)."""
@@ -210,45 +226,41 @@ def backward_kv(
             z = product(k_smem, q_smem.at[slot], shape)
             z, slope = logits(z, scale, soft_cap, step.bias)
             rows = [ref.at[slot] for ref in rows_smem]
-            cols = [ref.at[slot, place.member] for ref in cols_smem]
+            cols = [ref.at[slot, place.piece] for ref in cols_smem]
             z = masked(z, elements, place, step, rows, cols, config, transposed=True)
             p = probabilities(z, lse_smem.at[slot], 1, step.bias)
             streams[1].wait(slot)
             if 1 in wanted:
-                add(sums[-1], p.astype(q.dtype), dout_smem.at[slot], spare, mine)
+                left = left_operand(p.astype(q.dtype), spare, place.warpgroup)
+                add(sums[-1], left, dout_smem.at[slot])
             if 0 in wanted:
                 dp = product(v_smem, dout_smem.at[slot], shape)
                 dz = p * (dp - numbers(delta_smem.at[slot], shape, 1))
                 dz = dz if slope is None else dz * slope
-                add(sums[0], dz.astype(q.dtype), q_smem.at[slot], spare, mine)
+                left = left_operand(dz.astype(q.dtype), spare, place.warpgroup)
+                add(sums[0], left, q_smem.at[slot])
             streams[1].release(slot)
             streams[0].release(slot)
             return carry
 
         def compute():
+            bring_rows(place, home, [ins["k"], ins["v"]], config)
             rows = place.batch, place.head_kv, pl.ds(place.row, ROWS)
-            pairs = [(ins["k"].at[rows], k_smem), (ins["v"].at[rows], v_smem)]
             results = [(k_smem, outs[0].at[rows]), (v_smem, outs[1].at[rows])]
 
             def work(*wanted):
                 sums = [(d, dv)[i] for i in wanted]
                 sums = summed(walk, functools.partial(one, wanted), *sums)
-                if done is not None:
-                    # Both are through with keys and values, whose place results take.
-                    plgpu.barrier_arrive(done)
-                    plgpu.barrier_wait(done)
+                # Both are through with keys and values, whose place results take.
+                take_turns(done)
                 for i, x in zip(wanted, sums, strict=True):
                     x = x if i else x * scale
                     results[i][0][...] = x.astype(q.dtype)
                 store(*(results[i] for i in wanted))
 
             if not config.split:
-                home.fill(mine, pairs)
-                home.wait(mine)
                 return work(0, 1)
-            pl.when(mine == 0)(lambda: home.fill(0, pairs))
-            home.wait(0)
-            return lax.cond(mine == 0, lambda: work(0), lambda: work(1))
+            return lax.cond(place.warpgroup == 0, lambda: work(0), lambda: work(1))
 
         run_warpgroups(place, walk, fetch, compute, streams, config)
 
@@ -256,14 +268,11 @@ def backward_kv(
         body,
         ins,
         [jax.ShapeDtypeStruct(x.shape, q.dtype) for x in (k, v)],
-        home=row_buffers([d, dv], 0, (), q.dtype, config, across),
+        home=row_buffers([d, dv], 0, (), q.dtype, config),
         streams=query_streams(d, dv, elements, q.dtype, config),
-        own=[
-            spare_tiles(q.dtype, config, interpret),
-            plgpu.Barrier(num_arrivals=2) if config.split else None,
-        ],
+        own=_own(q.dtype, config, interpret),
         name="block_sparse_attention_dkv",
-        programs=b * h_kv * s // (ROWS * across),
+        programs=b * h_kv * s // (ROWS * row_pieces(config)),
         config=config,
         interpret=interpret,
     )
@@ -273,3 +282,9 @@ def backward_kv(
 def _base_2(lse):
     """lse of base 2, and +inf for rows that allow nothing: there exp2(z - lse) is 0."""
     return jnp.where(jnp.isneginf(lse), jnp.inf, lse * LOG2E)
+
+
+def _own(dtype, config: Config, interpret):
+    """Left operands if simulated; a barrier of two warpgroups with the same rows."""
+    done = plgpu.Barrier(num_arrivals=2) if config.split else None
+    return [spare_tiles(dtype, config, interpret), done]

@@ -11,11 +11,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.block_sparse_attention._spec import HOPPER_ROWS as ROWS
 from pallas_kernels.block_sparse_attention._spec import Config, Elements
-from pallas_kernels.block_sparse_attention._walk_gpu import Place, across_keys
+from pallas_kernels.block_sparse_attention._walk_gpu import Place, row_pieces
 
 # Registers per thread: 64 K of them are shared by 128 threads of each warpgroup. By
 # number of computing warpgroups.
-_COPY_REGISTERS, _COMPUTE_REGISTERS = {1: 96, 2: 40}, {1: 240, 2: 232}
+_COPY_REGISTERS, _COMPUTE_REGISTERS = {1: 96, 2: 32}, {1: 240, 2: 240}
 
 
 class Stream(NamedTuple):
@@ -66,13 +66,16 @@ def run_warpgroups(place: Place, walk, fetch, compute, streams, config: Config):
     lax.cond(place.warpgroup < config.warpgroups, start, copy)
 
 
-def of_rows(place: Place, home: Stream, arrays):
-    """What a warpgroup has of its queries throughout: (source, buffer) pairs."""
+def bring_rows(place: Place, home: Stream, arrays, config: Config):
+    """Copies what a warpgroup has of its rows throughout."""
     rows = lambda x: (*place.of(x), pl.ds(place.row, ROWS))
-    return [
-        (array.at[rows(array)], buffer.at[place.warpgroup])
+    pairs = [
+        (array.at[rows(array)], buffer.at[place.piece])
         for array, buffer in zip(arrays, home.buffers, strict=True)
     ]
+    fill = lambda: home.fill(place.piece, pairs)
+    pl.when(place.warpgroup == 0)(fill) if config.split else fill()
+    home.wait(place.piece)
 
 
 def store(*pairs):
@@ -83,24 +86,26 @@ def store(*pairs):
     plgpu.wait_smem_to_gmem(0)
 
 
-def swizzled(shape, dtype):
-    """Tiles in SMEM as wgmma reads them: the widest swizzle that divides a row."""
+def swizzled(shape, dtype, config: Config):
+    """Tiles in SMEM as wgmma reads them, or SMEM for them.
+
+    The widest swizzle that divides a row and, as a sum over a step's positions takes
+    so many of them at a time, ``tile``.
+    """
     itemsize = jnp.dtype(dtype).itemsize
-    swizzle = math.gcd(shape[-1] * itemsize, 128)
+    swizzle = math.gcd(math.gcd(shape[-1], config.tile) * itemsize, 128)
     tiling = plgpu.TilingTransform((8, swizzle // itemsize))
     return plgpu.SMEM(
         shape, dtype, transforms=(tiling, plgpu.SwizzleTransform(swizzle))
     )
 
 
-def row_buffers(
-    sizes, floats: int, operands, dtype, config: Config, count=None
-) -> Stream:
+def row_buffers(sizes, floats: int, operands, dtype, config: Config) -> Stream:
     """Buffers for a warpgroup's rows: head sizes, float32 numbers, int32 operands."""
-    count = config.warpgroups if count is None else count
+    count = row_pieces(config)
     of_rows = count, ROWS
     buffers = [
-        *(swizzled((*of_rows, size), dtype) for size in sizes),
+        *(swizzled((*of_rows, size), dtype, config) for size in sizes),
         *(plgpu.SMEM(of_rows, jnp.float32) for _ in range(floats)),
         *(plgpu.SMEM(of_rows, jnp.int32) for _ in operands),
     ]
@@ -125,29 +130,31 @@ def key_streams(d: int, dv: int, elements: Elements, dtype, config: Config):
     ]
     return [
         _stream(
-            [swizzled((*slots, d), dtype), *cols], 1 + config.group * len(cols), config
+            [swizzled((*slots, d), dtype, config), *cols],
+            1 + config.group * len(cols),
+            config,
         ),
-        _stream([swizzled((*slots, dv), dtype)], 1, config),
+        _stream([swizzled((*slots, dv), dtype, config)], 1, config),
     ]
 
 
 def query_streams(d: int, dv: int, elements: Elements, dtype, config: Config):
-    slots, across = (config.stages, config.tile), across_keys(config)
+    slots, across = (config.stages, config.tile), row_pieces(config)
     first = [
-        swizzled((*slots, d), dtype),
+        swizzled((*slots, d), dtype, config),
         plgpu.SMEM(slots, jnp.float32),
         *(plgpu.SMEM(slots, jnp.int32) for _ in elements.rows),
         *(plgpu.SMEM((config.stages, across, ROWS), jnp.int32) for _ in elements.cols),
     ]
     pieces = 2 + len(elements.rows) + across * len(elements.cols)
-    second = [swizzled((*slots, dv), dtype), plgpu.SMEM(slots, jnp.float32)]
+    second = [swizzled((*slots, dv), dtype, config), plgpu.SMEM(slots, jnp.float32)]
     return [_stream(first, pieces, config), _stream(second, 2, config)]
 
 
 def spare_tiles(dtype, config: Config, interpret):
     """Where left operands are put for jax's interpreter; see ``accumulate``."""
     shape = config.warpgroups, ROWS, config.tile
-    return swizzled(shape, dtype) if interpret else None
+    return swizzled(shape, dtype, config) if interpret else None
 
 
 # --- Launch ---------------------------------------------------------------------------

@@ -121,7 +121,7 @@ class Config:
     stages: GPU: depth of the copy pipeline.
     tile: GPU: positions that one step meets, of a listed block.
     warpgroups: GPU: warpgroups that compute, 64 rows each.
-    split: GPU, backward_kv: of two warpgroups one sums for dk, the other for dv.
+    split: GPU, backward: two warpgroups have the same rows, and each some of the sums.
     """
 
     keys: int
@@ -268,16 +268,11 @@ def check_mosaic_gpu(problem: Problem, chip: str | None) -> None:
     _chips.check_multiple("mosaic_gpu", problem, HOPPER_ROWS, "block_q", "block_k")
     for name in ("d", "dv"):
         size = getattr(problem, name)
-        if size not in (64, 128, 192):
+        # Unlike halves of a sum, of 224 columns say, and ptxas serializes the products.
+        if size != 256 and (size % 16 or not 16 <= size <= 192):
             raise NotImplementedError(
-                f"mosaic_gpu: {name} is {size}, needs 64, 128 or 192"
-            )
-        # Registers left beside sums of 192 columns are for positions only.
-        more = problem.rows + problem.cols + problem.scalars
-        if size > 128 and (more or problem.soft_cap or problem.bias):
-            raise NotImplementedError(
-                f"mosaic_gpu: {name} is {size} with operands of a predicate, a soft "
-                "cap or a bias, needs 64 or 128"
+                f"mosaic_gpu: {name} is {size}, needs a multiple of 16 from 16 to 192, "
+                "or 256"
             )
     if problem.dense:
         raise NotImplementedError(f"mosaic_gpu: dense is {problem.dense}, needs 0")
@@ -306,24 +301,21 @@ def config_mosaic_gpu(problem: Problem, chip: str | None) -> Config:
         block, step = step, block
     across = 2 if block % (2 * HOPPER_ROWS) == 0 else 1
     share = problem.h // math.lcm(problem.h_kv, problem.mask_h)
-    group = 2 if across == 1 and share % 2 == 0 and not by_keys else 1
-    config = Config(problem.s, problem.block_q, problem.block_k)
-    # By ptxas: logits of a forward step are 64 registers with a tile of 128, which fits
-    # beside sums of 128 columns, but not if operands are asked. The backward kernels
-    # have two such arrays; sums for keys and values fit together for heads of 64.
-    heads = max(problem.d, problem.dv)
-    most = 64 if problem.rows or problem.cols else 128
-    wide = step % 128 == 0 and heads <= (most if problem.op == "forward" else 0)
-    split = by_keys and heads > 64
+    split = problem.op == "backward_q" and problem.d > 192
+    if by_keys:
+        split, share = max(problem.d, problem.dv) > 64, 1
+    group = 2 if across == 1 and share % 2 == 0 and not split else 1
     both = 2 if split else across * group
-    for warpgroups, tile in (both, 128 if wide and both == 2 else 64), (1, 64):
+    tile = _hopper_tile(problem)
+    tile = tile if step % tile == 0 and both == 2 else min(tile, 64)
+    config = Config(problem.s, problem.block_q, problem.block_k, split=split)
+    for warpgroups in (2,) if split else (both, 1):
         for stages in (4, 3, 2):
             config = dataclasses.replace(
                 config,
                 group=min(group, warpgroups),
                 warpgroups=warpgroups,
-                split=split and warpgroups == 2,
-                tile=tile,
+                tile=tile if warpgroups == 2 else min(tile, 64),
                 stages=stages,
             )
             if smem_mosaic_gpu(problem, config) <= _chips.HOPPER_SMEM:
@@ -331,12 +323,31 @@ def config_mosaic_gpu(problem: Problem, chip: str | None) -> Config:
     return config
 
 
+def _hopper_tile(problem: Problem) -> int:
+    """Positions of a step whose logits fit in registers beside the sums, by ptxas.
+
+    A thread has half a register for each position and for each column of its sums, in
+    backward kernels one for each position; and what else is asked.
+    """
+    d, dv = problem.d, problem.dv
+    asked = problem.rows + problem.cols + problem.scalars > 0
+    more = asked + (problem.soft_cap or problem.bias)
+    if problem.op == "forward":
+        if max(d, dv) <= (64 if asked else 128):
+            return 128
+        return 32 if dv > 192 and asked else 64
+    if problem.op == "backward_q":
+        # Beyond 192 each of two warpgroups has half of the sums.
+        return 32 if d > 128 and more > (d > 192) else 64
+    return 64 if max(d, dv) <= (256, 192, 128)[more] else 32
+
+
 def smem_mosaic_gpu(problem: Problem, config: Config) -> int:
     """Bytes of shared memory that a program takes."""
-    d, dv, rows = problem.d, problem.dv, config.warpgroups * HOPPER_ROWS
+    d, dv = problem.d, problem.dv
+    rows = HOPPER_ROWS * (1 if config.split else config.warpgroups)
     both = 2 * (d + dv)
     if problem.op == "backward_kv":
-        rows = HOPPER_ROWS if config.split else rows
         home = rows * both
         stage = config.tile * (both + 8 + 4 * problem.rows) + 4 * rows * problem.cols
     else:

@@ -132,9 +132,9 @@ def summed(walk, one, *sizes: int):
     return pl.run_scoped(run, *(plgpu.ACC((ROWS, n), jnp.float32) for n in sizes))
 
 
-def add(acc, left, right, spare, mine):
-    """Adds ``left @ right`` to a sum, left from registers."""
-    plgpu.wgmma(acc, left_operand(left, spare, mine), right)
+def add(acc, left, right):
+    """Adds ``left @ right`` to a sum, left a ``left_operand``."""
+    plgpu.wgmma(acc, left, right)
     plgpu.wgmma_wait(0)
 
 

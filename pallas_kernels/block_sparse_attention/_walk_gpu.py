@@ -14,6 +14,7 @@ class Place(NamedTuple):
     """What a warpgroup works on; int32 scalars."""
 
     warpgroup: Any
+    piece: Any  # which 64 rows of the program
     batch: Any
     head: Any
     head_kv: Any
@@ -22,11 +23,6 @@ class Place(NamedTuple):
     block: Any
     row: Any  # position of the first row
     query_heads: int
-
-    @property
-    def rows(self):
-        """Index of the rows in an array [b, h, t, ...]."""
-        return self.batch, self.head, pl.ds(self.row, ROWS)
 
     def of(self, x, head=None):
         """Index of a head in an operand [b or 1, heads, ...]."""
@@ -46,25 +42,39 @@ class Step(NamedTuple):
     scalars: Any  # the predicate's
 
 
+def row_pieces(config: Config) -> int:
+    """How many times 64 rows a program has, of one head or of ``group`` heads."""
+    return 1 if config.split else config.warpgroups
+
+
+def _piece(config: Config):
+    """A warpgroup, and which 64 rows are its.
+
+    The warpgroup that copies has the last ones, too: what it reads along is in range.
+    """
+    warpgroup = lax.axis_index("warpgroup")
+    return warpgroup, jnp.minimum(warpgroup, row_pieces(config) - 1)
+
+
 def query_place(ins, config: Config) -> Place:
     """Rows of a program that has queries, the last ones first."""
     h, h_kv = ins["q"].shape[1], ins["k"].shape[1]
     group, packs = config.group, h // h_kv // config.group
-    across = config.warpgroups // group
-    warpgroup = lax.axis_index("warpgroup")
+    across = row_pieces(config) // group
+    warpgroup, piece = _piece(config)
     tiles = ins["q"].shape[2] // (across * ROWS)
     number, pack = divide(lax.axis_index("program"), packs)
     number, tile = divide(number, tiles)
     batch, head_kv = divide(number, h_kv)
     tile = tiles - 1 - tile
     first = (head_kv * packs + pack) * group
-    # Warpgroups are of different heads or of different rows. The one that copies is of
-    # some head, too: what it reads along is in range.
-    member = jnp.minimum(warpgroup, group - 1)
-    row = tile * (across * ROWS) + (0 if group > 1 else warpgroup * ROWS)
+    # Pieces are of different heads or of different rows.
+    member = jnp.minimum(piece, group - 1)
+    row = tile * (across * ROWS) + (0 if group > 1 else piece * ROWS)
     block = lax.div(tile, jnp.int32(config.block_q // (across * ROWS)))
+    head = first + member
     return Place(
-        warpgroup, batch, first + member, head_kv, member, first, block, row, h
+        *(warpgroup, piece, batch, head, head_kv, member, first, block, row, h)
     )
 
 
@@ -110,25 +120,18 @@ def key_steps(ins, place: Place, streams, config: Config):
     return walk, fetch
 
 
-def across_keys(config: Config) -> int:
-    """Pieces of 64 keys in a program."""
-    return 1 if config.split else config.warpgroups
-
-
 def key_place(ins, config: Config) -> Place:
     """Rows of a program that has keys, the first ones first; of no query head."""
-    across = across_keys(config)
+    across = row_pieces(config)
+    warpgroup, piece = _piece(config)
     tiles = ins["k"].shape[2] // (across * ROWS)
-    warpgroup = lax.axis_index("warpgroup")
     number, tile = divide(lax.axis_index("program"), tiles)
     batch, head_kv = divide(number, ins["k"].shape[1])
-    member = jnp.minimum(warpgroup, across - 1)
-    row = (tile * across + member) * ROWS
+    row = (tile * across + piece) * ROWS
     block = lax.div(tile, jnp.int32(config.block_k // (across * ROWS)))
-    head = head_kv * (ins["q"].shape[1] // ins["k"].shape[1])
-    return Place(
-        *(warpgroup, batch, head, head_kv, member, head, block, row, ins["q"].shape[1])
-    )
+    h = ins["q"].shape[1]
+    head = head_kv * (h // ins["k"].shape[1])
+    return Place(*(warpgroup, piece, batch, head, head_kv, 0, head, block, row, h))
 
 
 def query_steps(ins, place: Place, streams, config: Config):
@@ -177,10 +180,9 @@ def query_steps(ins, place: Place, streams, config: Config):
             (of(array), buffer.at[slot])
             for array, buffer in zip(ins["rows"], rows, strict=True)
         ]
-        # The copying warpgroup's own place is the last piece.
-        first_row = place.row - place.member * ROWS
+        first_row = place.row - place.piece * ROWS
         for array, buffer in zip(ins["cols"], cols, strict=True):
-            for piece in range(across_keys(config)):
+            for piece in range(row_pieces(config)):
                 at = pl.ds(first_row + piece * ROWS, ROWS)
                 at = (*place.of(array, head), at)
                 first.append((array.at[at], buffer.at[slot, piece]))

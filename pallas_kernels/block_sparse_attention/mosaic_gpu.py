@@ -13,9 +13,12 @@ and lists. Of two warpgroups one takes exponentials while the other multiplies.
 ``backward_q``: the same rows and steps.
 ``backward_kv``: rows are keys, and the steps go through the query heads of the group
 and their transposed lists: the group is summed in registers, in a fixed order. Logits
-are computed transposed, so that keys are their rows. Registers hold both sums for head
-sizes of 64 only; with ``split`` two warpgroups have the same keys, one sums for dk, the
-other for dv, and both compute the logits.
+are computed transposed, so that keys are their rows.
+
+Registers. Sums take half a register for each column, a step's logits half a one for
+each position. Where that is too much, by ptxas, steps have 64 or 32 positions instead
+of 128, and with ``split`` two warpgroups have the same 64 rows: one sums for dk, the
+other for dv, or each for half of dq's columns, and both compute the logits.
 
 Elements. A block that is full is not asked. In others the predicate is evaluated on
 registers: positions follow from the step's place, operands of rows and columns come by
@@ -27,9 +30,10 @@ Grid. One axis, ``program``: batch, key head, tile of rows, query heads of the g
 innermost, for L2. Queries are taken from the last on, keys from the first on: under a
 causal mask these have most to do.
 
-Dtypes: bfloat16 and float16, float32 sums. Chips: compiled with ptxas for H100 and H200
-(sm_90a) under jax 0.10.2, 0.11.2 and 0.12.0, no spills; results proven by simulation.
-Not yet run on a GPU: speed is unmeasured.
+Dtypes: bfloat16 and float16, float32 sums. Head sizes: multiples of 16 to 192, and 256.
+Chips: compiled with ptxas for H100 and H200 (sm_90a) under jax 0.10.2, 0.11.2 and
+0.12.0, no spills; results proven by simulation. Not yet run on a GPU: speed is
+unmeasured.
 """
 
 import jax
@@ -39,9 +43,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.block_sparse_attention._backward_gpu import backward_kv, backward_q
 from pallas_kernels.block_sparse_attention._copies_gpu import (
+    bring_rows,
     key_streams,
     launch,
-    of_rows,
     operands_of,
     row_buffers,
     run_warpgroups,
@@ -114,7 +118,7 @@ def forward(
         q_smem, *rows_smem = home.buffers
         k_smem, *cols_smem = streams[0].buffers
         (v_smem,) = streams[1].buffers
-        mine = place.warpgroup
+        mine = place.piece
 
         def one(step, slot, carry):
             out, high, total = carry
@@ -141,8 +145,7 @@ def forward(
             return out, higher, total
 
         def compute():
-            home.fill(mine, of_rows(place, home, [ins["q"], *ins["rows"]]))
-            home.wait(mine)
+            bring_rows(place, home, [ins["q"], *ins["rows"]], config)
             high, total = of_each_row(LOWEST), of_each_row(0)
             # The second warpgroup follows half a step behind the first.
             pl.when(mine == 1)(lambda: take_turns(turn))
@@ -152,15 +155,16 @@ def forward(
             result_smem = q_smem if out_smem is None else out_smem
             result_smem[mine] = (out / spread(some, out.shape, 0)).astype(q.dtype)
             lse_smem[mine] = high * (1 / LOG2E) + jnp.log(total)
+            rows = place.batch, place.head, pl.ds(place.row, ROWS)
             store(
-                (result_smem.at[mine], outs[0].at[place.rows]),
-                (lse_smem.at[mine], outs[1].at[place.rows]),
+                (result_smem.at[mine], outs[0].at[rows]),
+                (lse_smem.at[mine], outs[1].at[rows]),
             )
 
         run_warpgroups(place, walk, fetch, compute, streams, config)
 
     own = [
-        None if d == dv else swizzled((warpgroups, ROWS, dv), q.dtype),
+        None if d == dv else swizzled((warpgroups, ROWS, dv), q.dtype, config),
         plgpu.SMEM((warpgroups, ROWS), jnp.float32),
         plgpu.Barrier(num_arrivals=2) if warpgroups == 2 else None,
         spare_tiles(q.dtype, config, interpret),
