@@ -28,6 +28,7 @@ from pallas_kernels.block_sparse_attention._tiles_gpu import (
     logits,
     masked,
     numbers,
+    of_step,
     probabilities,
     product,
     summed,
@@ -80,7 +81,7 @@ def backward_q(
     """
     (b, h, t, d), dv = q.shape, v.shape[3]
     shape = ROWS, config.tile
-    ins = operands_of(elements, q=q, k=k, v=v, lists=lists, bias=block_bias)
+    ins = operands_of(elements, 3, q=q, k=k, v=v, lists=lists, bias=block_bias)
     ins |= dict(dout=dout, lse=_base_2(lse), delta=delta)
     capacity, parts = lists[0].shape[3], config.block_k // config.tile
 
@@ -89,7 +90,7 @@ def backward_q(
         place = query_place(ins, config)
         walk, fetch = key_steps(ins, place, streams, config)
         q_smem, dout_smem, lse_smem, delta_smem, *rows_smem = home.buffers
-        k_smem, *cols_smem = streams[0].buffers
+        k_smem, cols_smem, words_smem = streams[0].buffers
         (v_smem,) = streams[1].buffers
         mine = place.piece
 
@@ -98,9 +99,13 @@ def backward_q(
             streams[0].wait(slot)
             z = product(q_smem.at[mine], k_smem.at[slot], shape)
             z, slope = logits(z, scale, soft_cap, step.bias)
-            rows = [ref.at[mine] for ref in rows_smem]
-            cols = [ref.at[slot, place.member] for ref in cols_smem]
-            z = masked(z, elements, place, step, rows, cols, config)
+            asked = of_step(
+                elements,
+                (rows_smem, mine),
+                (cols_smem, (slot, place.member)),
+                (words_smem, (slot, mine)),
+            )
+            z = masked(z, asked, place, step, config)
             p = probabilities(z, lse_smem.at[mine], 0, step.bias)
             streams[1].wait(slot)
             dp = product(dout_smem.at[mine], v_smem.at[slot], shape)
@@ -207,16 +212,16 @@ def backward_kv(
     """
     (b, h_kv, s, d), dv = k.shape, v.shape[3]
     shape = ROWS, config.tile
-    ins = operands_of(elements, q=q, k=k, v=v, lists=tuple(transposed), bias=block_bias)
+    ins = operands_of(
+        elements, 2, q=q, k=k, v=v, lists=tuple(transposed), bias=block_bias
+    )
     ins |= dict(dout=dout, lse=_base_2(lse), delta=delta)
 
     def body(ins, outs, home, streams, own):
         spare, done = own
         place = key_place(ins, config)
         walk, fetch = query_steps(ins, place, streams, config)
-        q_smem, lse_smem, *operands = streams[0].buffers
-        rows_smem = operands[: len(ins["rows"])]
-        cols_smem = operands[len(ins["rows"]) :]
+        q_smem, lse_smem, rows_smem, cols_smem, words_smem = streams[0].buffers
         dout_smem, delta_smem = streams[1].buffers
         k_smem, v_smem = (buffer.at[place.piece] for buffer in home.buffers)
 
@@ -225,9 +230,13 @@ def backward_kv(
             streams[0].wait(slot)
             z = product(k_smem, q_smem.at[slot], shape)
             z, slope = logits(z, scale, soft_cap, step.bias)
-            rows = [ref.at[slot] for ref in rows_smem]
-            cols = [ref.at[slot, place.piece] for ref in cols_smem]
-            z = masked(z, elements, place, step, rows, cols, config, transposed=True)
+            asked = of_step(
+                elements,
+                (rows_smem, slot),
+                (cols_smem, (slot, place.piece)),
+                (words_smem, (slot, place.piece)),
+            )
+            z = masked(z, asked, place, step, config, transposed=True)
             p = probabilities(z, lse_smem.at[slot], 1, step.bias)
             streams[1].wait(slot)
             if 1 in wanted:

@@ -10,6 +10,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.block_sparse_attention._spec import HOPPER_ROWS as ROWS
+from pallas_kernels.block_sparse_attention._spec import HOPPER_WORD as WORD
 from pallas_kernels.block_sparse_attention._spec import Config, Elements
 from pallas_kernels.block_sparse_attention._walk_gpu import Place, row_pieces
 
@@ -113,11 +114,11 @@ def row_buffers(sizes, floats: int, operands, dtype, config: Config) -> Stream:
     return Stream(buffers, full, None)
 
 
-def _stream(buffers, pieces: int, config: Config) -> Stream:
+def _stream(buffers, copies: int, config: Config) -> Stream:
     """Buffers of ``stages`` slots, filled by so many copies."""
     return Stream(
         buffers,
-        plgpu.Barrier(num_arrivals=pieces, num_barriers=config.stages),
+        plgpu.Barrier(num_arrivals=copies, num_barriers=config.stages),
         plgpu.Barrier(num_arrivals=config.warpgroups, num_barriers=config.stages),
     )
 
@@ -128,27 +129,32 @@ def key_streams(d: int, dv: int, elements: Elements, dtype, config: Config):
         plgpu.SMEM((config.stages, config.group, config.tile), jnp.int32)
         for _ in elements.cols
     ]
-    return [
-        _stream(
-            [swizzled((*slots, d), dtype, config), *cols],
-            1 + config.group * len(cols),
-            config,
-        ),
-        _stream([swizzled((*slots, dv), dtype, config)], 1, config),
-    ]
+    words = _words(elements, config)
+    first = swizzled((*slots, d), dtype, config), cols, words
+    copies = 1 + config.group * len(cols) + row_pieces(config) * len(words)
+    second = [swizzled((*slots, dv), dtype, config)]
+    return [_stream(first, copies, config), _stream(second, 1, config)]
 
 
 def query_streams(d: int, dv: int, elements: Elements, dtype, config: Config):
     slots, across = (config.stages, config.tile), row_pieces(config)
-    first = [
+    first = (
         swizzled((*slots, d), dtype, config),
         plgpu.SMEM(slots, jnp.float32),
-        *(plgpu.SMEM(slots, jnp.int32) for _ in elements.rows),
-        *(plgpu.SMEM((config.stages, across, ROWS), jnp.int32) for _ in elements.cols),
-    ]
-    pieces = 2 + len(elements.rows) + across * len(elements.cols)
+        [plgpu.SMEM(slots, jnp.int32) for _ in elements.rows],
+        [plgpu.SMEM((config.stages, across, ROWS), jnp.int32) for _ in elements.cols],
+        _words(elements, config),
+    )
+    of_rows = len(elements.cols) + len(elements.dense)
+    copies = 2 + len(elements.rows) + across * of_rows
     second = [swizzled((*slots, dv), dtype, config), plgpu.SMEM(slots, jnp.float32)]
-    return [_stream(first, pieces, config), _stream(second, 2, config)]
+    return [_stream(first, copies, config), _stream(second, 2, config)]
+
+
+def _words(elements: Elements, config: Config):
+    """Buffers for a step's words of each row, of the operands that are dense."""
+    shape = config.stages, row_pieces(config), config.tile // WORD, ROWS
+    return [plgpu.SMEM(shape, jnp.int32) for _ in elements.dense]
 
 
 def spare_tiles(dtype, config: Config, interpret):
@@ -160,11 +166,20 @@ def spare_tiles(dtype, config: Config, interpret):
 # --- Launch ---------------------------------------------------------------------------
 
 
-def operands_of(elements: Elements, **arrays):
-    """What a kernel reads, without what is None."""
+def operands_of(elements: Elements, along: int, **arrays):
+    """What a kernel reads, without what is None; steps are ``along`` t (2) or s (3)."""
     operands = ("rows", "cols", "scalars")
     arrays |= {name: tuple(getattr(elements, name)) for name in operands}
+    arrays["words"] = tuple(_packed(mask, along) for mask in elements.dense)
     return {name: array for name, array in arrays.items() if array is not None}
+
+
+def _packed(mask, along: int):
+    """bool [b, heads, t, s] as int32 [b, heads, words, rows], an element per bit."""
+    b, heads, n, rows = jnp.moveaxis(mask, along, 2).shape
+    mask = jnp.moveaxis(mask, along, 2).reshape(b, heads, n // WORD, WORD, rows)
+    bits = mask.astype(jnp.uint32) << jnp.arange(WORD, dtype=jnp.uint32)[:, None]
+    return lax.bitcast_convert_type(bits.sum(3, dtype=jnp.uint32), jnp.int32)
 
 
 def launch(

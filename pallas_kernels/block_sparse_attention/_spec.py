@@ -251,6 +251,8 @@ def vmem_mosaic_tpu(problem: Problem, config: Config) -> int:
 
 # Rows of a warpgroup: what one wgmma takes.
 HOPPER_ROWS = 64
+# Elements of a given mask in one word.
+HOPPER_WORD = 32
 # What of a program's shared memory its barriers and the alignment of its buffers take.
 _HOPPER_SLACK = 4_096
 
@@ -274,17 +276,16 @@ def check_mosaic_gpu(problem: Problem, chip: str | None) -> None:
                 f"mosaic_gpu: {name} is {size}, needs a multiple of 16 from 16 to 192, "
                 "or 256"
             )
-    if problem.dense:
-        raise NotImplementedError(f"mosaic_gpu: dense is {problem.dense}, needs 0")
     if problem.paged and problem.op != "forward":
         raise NotImplementedError(f"mosaic_gpu: pages have no {problem.op}")
     config = config_mosaic_gpu(problem, chip)
     needed = smem_mosaic_gpu(problem, config)
     if needed > _chips.HOPPER_SMEM:
         raise NotImplementedError(
-            f"mosaic_gpu: rows is {problem.rows}, cols is {problem.cols}, with head "
-            f"sizes {problem.d} and {problem.dv} {problem.op} takes {needed} bytes of "
-            f"shared memory, needs at most {_chips.HOPPER_SMEM}"
+            f"mosaic_gpu: rows is {problem.rows}, cols is {problem.cols}, dense is "
+            f"{problem.dense}, with head sizes {problem.d} and {problem.dv} "
+            f"{problem.op} takes {needed} bytes of shared memory, needs at most "
+            f"{_chips.HOPPER_SMEM}"
         )
 
 
@@ -330,7 +331,7 @@ def _hopper_tile(problem: Problem) -> int:
     backward kernels one for each position; and what else is asked.
     """
     d, dv = problem.d, problem.dv
-    asked = problem.rows + problem.cols + problem.scalars > 0
+    asked = problem.rows + problem.cols + problem.scalars + problem.dense > 0
     more = asked + (problem.soft_cap or problem.bias)
     if problem.op == "forward":
         if max(d, dv) <= (64 if asked else 128):
@@ -355,4 +356,5 @@ def smem_mosaic_gpu(problem: Problem, config: Config) -> int:
         if problem.op == "backward_q" or d != dv:
             home += rows * 2 * dv
         stage = config.tile * (both + 4 * problem.cols * config.group)
+    stage += 4 * rows * (config.tile // HOPPER_WORD) * problem.dense
     return _HOPPER_SLACK + home + config.stages * stage

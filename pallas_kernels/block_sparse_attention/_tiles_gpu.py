@@ -11,6 +11,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.block_sparse_attention._spec import HOPPER_ROWS as ROWS
+from pallas_kernels.block_sparse_attention._spec import HOPPER_WORD as WORD
 from pallas_kernels.block_sparse_attention._spec import Elements
 
 # Exponentials are of base 2, as the hardware has them.
@@ -31,8 +32,14 @@ def logits(z, scale: float, soft_cap: float | None, bias):
     return (z if bias is None else z + bias * LOG2E), slope
 
 
-def masked(z, elements: Elements, place, step, rows, cols, config, transposed=False):
-    """Sets to -inf what is not allowed; ``rows`` and ``cols`` are the operands' refs.
+def of_step(elements: Elements, rows, cols, dense) -> Elements:
+    """The same with a step's buffers as operands, each kind as (references, index)."""
+    pick = lambda refs, at: tuple(ref.at[at] for ref in refs)
+    return elements._replace(rows=pick(*rows), cols=pick(*cols), dense=pick(*dense))
+
+
+def masked(z, elements: Elements, place, step, config, transposed=False):
+    """Sets to -inf what is not allowed; the elements' operands are the step's buffers.
 
     With ``transposed`` the rows of z are keys.
     """
@@ -51,12 +58,24 @@ def masked(z, elements: Elements, place, step, rows, cols, config, transposed=Fa
         if elements.predicate is not None:
             of = lambda refs, axis: tuple(numbers(x, z.shape, axis) for x in refs)
             some = _without_not(elements.predicate)(
-                i, j, of(rows, queries), of(cols, 1 - queries), step.scalars, ()
+                *(i, j, of(elements.rows, queries), of(elements.cols, 1 - queries)),
+                step.scalars,
+                tuple(_bits(words, z.shape) for words in elements.dense),
             )
             allowed = allowed & some if ragged else some
         return jnp.where(allowed, z, -jnp.inf)
 
     return lax.cond(step.partial, ask, lambda z: z, z)
+
+
+def _bits(words, shape):
+    """bool of z's shape: column c of a row is bit c % 32 of the row's word c // 32."""
+    column = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=LAYOUT)
+    word = numbers(words.at[0], shape, 0)
+    for number in range(1, shape[1] // WORD):
+        later = numbers(words.at[number], shape, 0)
+        word = jnp.where(column < number * WORD, word, later)
+    return (lax.shift_right_logical(word, column & (WORD - 1)) & 1) != 0
 
 
 def _without_not(predicate: Callable) -> Callable:

@@ -7,6 +7,7 @@ from jax import numpy as jnp
 from jax.experimental import pallas as pl
 
 from pallas_kernels.block_sparse_attention._spec import HOPPER_ROWS as ROWS
+from pallas_kernels.block_sparse_attention._spec import HOPPER_WORD as WORD
 from pallas_kernels.block_sparse_attention._spec import Config
 
 
@@ -107,13 +108,19 @@ def key_steps(ins, place: Place, streams, config: Config):
         return lax.fori_loop(jnp.int32(0), count[listed] * parts, one, carry)
 
     def fetch(step, slot):
-        keys, *cols = streams[0].buffers
+        keys, cols, words = streams[0].buffers
         first = [(ins["k"].at[step.source], keys.at[slot])]
         for array, buffer in zip(ins["cols"], cols, strict=True):
             for member in range(config.group):
                 at = place.of(array, place.first_head + member)
                 columns = pl.ds(step.column, config.tile)
                 first.append((array.at[(*at, columns)], buffer.at[slot, member]))
+        if config.group > 1:
+            heads = [place.first_head + member for member in range(config.group)]
+            rows = [(head, place.row) for head in heads]
+        else:
+            rows = [(place.head, row) for row in _rows(place, config)]
+        first += _bring_words(ins["words"], words, place, rows, step, slot, config)
         second = [(ins["v"].at[step.source], streams[1].buffers[0].at[slot])]
         return first, second
 
@@ -173,23 +180,39 @@ def query_steps(ins, place: Place, streams, config: Config):
     def fetch(step, slot):
         columns, head = pl.ds(step.column, config.tile), step.source
         of = lambda x: x.at[(*place.of(x, head), columns)]
-        q, lse, *operands = streams[0].buffers
-        rows, cols = operands[: len(ins["rows"])], operands[len(ins["rows"]) :]
+        q, lse, rows, cols, words = streams[0].buffers
         first = [(of(ins["q"]), q.at[slot]), (of(ins["lse"]), lse.at[slot])]
         first += [
             (of(array), buffer.at[slot])
             for array, buffer in zip(ins["rows"], rows, strict=True)
         ]
-        first_row = place.row - place.piece * ROWS
         for array, buffer in zip(ins["cols"], cols, strict=True):
-            for piece in range(row_pieces(config)):
-                at = pl.ds(first_row + piece * ROWS, ROWS)
-                at = (*place.of(array, head), at)
+            for piece, row in enumerate(_rows(place, config)):
+                at = (*place.of(array, head), pl.ds(row, ROWS))
                 first.append((array.at[at], buffer.at[slot, piece]))
+        pairs = [(head, row) for row in _rows(place, config)]
+        first += _bring_words(ins["words"], words, place, pairs, step, slot, config)
         arrays = zip([ins["dout"], ins["delta"]], streams[1].buffers, strict=True)
         return first, [(of(array), buffer.at[slot]) for array, buffer in arrays]
 
     return walk, fetch
+
+
+def _rows(place: Place, config: Config):
+    """Where each piece of the program begins; pieces of one head."""
+    first = place.row - place.piece * ROWS
+    return [first + piece * ROWS for piece in range(row_pieces(config))]
+
+
+def _bring_words(arrays, buffers, place: Place, rows, step: Step, slot, config: Config):
+    """Of each piece, (its head, its first row), the words of the step's positions."""
+    words = pl.ds(lax.div(step.column, jnp.int32(WORD)), config.tile // WORD)
+    return [
+        (array.at[(*place.of(array, head), words, pl.ds(row, ROWS))], buffer.at[at])
+        for array, buffer in zip(arrays, buffers, strict=True)
+        for piece, (head, row) in enumerate(rows)
+        for at in [(slot, piece)]
+    ]
 
 
 def divide(number, by: int):

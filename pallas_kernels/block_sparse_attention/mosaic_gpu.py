@@ -22,9 +22,10 @@ other for dv, or each for half of dq's columns, and both compute the logits.
 
 Elements. A block that is full is not asked. In others the predicate is evaluated on
 registers: positions follow from the step's place, operands of rows and columns come by
-TMA. Logits that are not allowed are -inf and the running maximum begins at the lowest
-finite number; the backward kernels take lse as +inf where it is -inf. So rows that
-allow nothing are no case of their own and make no NaN.
+TMA. So do given masks, packed before: a row's elements are the bits of a word for each
+32 positions. Logits that are not allowed are -inf and the running maximum begins at the
+lowest finite number; the backward kernels take lse as +inf where it is -inf. So rows
+that allow nothing are no case of their own and make no NaN.
 
 Grid. One axis, ``program``: batch, key head, tile of rows, query heads of the group
 innermost, for L2. Queries are taken from the last on, keys from the first on: under a
@@ -63,6 +64,7 @@ from pallas_kernels.block_sparse_attention._tiles_gpu import (
     logits,
     masked,
     of_each_row,
+    of_step,
     product,
     spread,
     take_turns,
@@ -108,7 +110,7 @@ def forward(
     (b, h, t, d), dv = q.shape, v.shape[3]
     shape, warpgroups = (ROWS, config.tile), config.warpgroups
     ins = operands_of(
-        elements, q=q, k=k, v=v, lists=lists, bias=block_bias, pages=page_table
+        elements, 3, q=q, k=k, v=v, lists=lists, bias=block_bias, pages=page_table
     )
 
     def body(ins, outs, home, streams, own):
@@ -116,7 +118,7 @@ def forward(
         place = query_place(ins, config)
         walk, fetch = key_steps(ins, place, streams, config)
         q_smem, *rows_smem = home.buffers
-        k_smem, *cols_smem = streams[0].buffers
+        k_smem, cols_smem, words_smem = streams[0].buffers
         (v_smem,) = streams[1].buffers
         mine = place.piece
 
@@ -125,9 +127,13 @@ def forward(
             streams[0].wait(slot)
             z = product(q_smem.at[mine], k_smem.at[slot], shape, turn)
             z, _ = logits(z, scale, soft_cap, step.bias)
-            rows = [ref.at[mine] for ref in rows_smem]
-            cols = [ref.at[slot, place.member] for ref in cols_smem]
-            z = masked(z, elements, place, step, rows, cols, config)
+            asked = of_step(
+                elements,
+                (rows_smem, mine),
+                (cols_smem, (slot, place.member)),
+                (words_smem, (slot, mine)),
+            )
+            z = masked(z, asked, place, step, config)
             streams[0].release(slot)
             higher = jnp.maximum(high, z.max(axis=1))
             fade = jnp.exp2(high - higher)

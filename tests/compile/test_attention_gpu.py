@@ -52,6 +52,10 @@ def causal(i, j, rows, cols, scalars, dense):
     return i >= j
 
 
+def given(i, j, rows, cols, scalars, dense):
+    return dense[0] & ((i >= j) | ~dense[-1])
+
+
 def kernel(problem, chip, **changes):
     """A kernel's call and the shapes of its arguments."""
     _spec.check_mosaic_gpu(problem, chip)
@@ -85,10 +89,12 @@ def kernel(problem, chip, **changes):
         [ints((b, 1, t))] * problem.rows,
         [ints((1, h, s))] * problem.cols,
         [ints((1, h))] * problem.scalars,
+        [jax.ShapeDtypeStruct((b, 1, t, s), bool)] * problem.dense,
     )
 
     def fn(arrays, lists, operands, options):
         predicate = documents if problem.rows else causal
+        predicate = given if problem.dense else predicate
         return getattr(mosaic_gpu, problem.op)(
             *arrays,
             lists,
@@ -138,6 +144,7 @@ SWEEP = {
     "packed": dict(block_q=64, block_k=64, mask_h=1, dtype="float16"),
     "unlike": PLAIN | dict(d=128, dv=64, t=4000, s=1000, block_q=256),
     "options": PLAIN | BOTH,
+    "given": PLAIN | dict(dense=1),
 }
 ALL_OF = {
     "192 with operands": dict(d=192, dv=192),
@@ -152,6 +159,10 @@ ALL_OF = {
     "48, 80": dict(d=48, dv=80),
     "16": dict(d=16, dv=16),
     "128 with all": BOTH,
+    "given, of 64": PLAIN | BOTH | dict(dense=2, d=64, dv=64),
+    "given, of 192": PLAIN | BOTH | dict(dense=1, d=192, dv=192),
+    "given, of 256": PLAIN | dict(dense=1, d=256, dv=256),
+    "given, of 256, with options": PLAIN | BOTH | dict(dense=1, d=256, dv=256),
 }
 NAMED = [*SWEEP, *(pytest.param(name, marks=pytest.mark.exhaustive) for name in ALL_OF)]
 SWEEP |= ALL_OF

@@ -29,6 +29,11 @@ def documents(i, j, rows, cols, scalars, dense):
     return (i >= j) & (rows[0] == cols[0]) & ~(j < scalars[0])
 
 
+def given(i, j, rows, cols, scalars, dense):
+    """The given elements, but for those after the query which another mask has."""
+    return dense[0] & ((i >= j) | ~dense[-1])
+
+
 @dataclasses.dataclass
 class Case:
     """Random operands and lists; in float64 all results of them."""
@@ -49,6 +54,7 @@ class Case:
     rows: int = 0
     cols: int = 0
     scalars: int = 0
+    dense: int = 0
     soft_cap: float | None = None
     bias: bool = False
     seed: int = 0
@@ -91,6 +97,11 @@ class Case:
                 jnp.asarray(rng.integers(0, 9, (1, h)), jnp.int32)
                 for _ in range(self.scalars)
             ),
+            # One mask for all heads of a member, one for all members.
+            tuple(
+                jnp.asarray(rng.random((*of, t, s)) < 0.7)
+                for of in [(b, 1), (1, h)][: self.dense]
+            ),
         )
 
     # --- what the kernels take
@@ -112,7 +123,7 @@ class Case:
             *(self.b, self.h, self.h_kv, self.t, self.s, self.d, self.dv),
             *(self.block_q, self.block_k, self.listed.shape[-1]),
             *(self.mask_b, self.mask_h, self.dtype),
-            *(self.rows, self.cols, self.scalars, 0),
+            *(self.rows, self.cols, self.scalars, self.dense),
             *(self.soft_cap is not None, self.bias, False),
         )
 
@@ -197,7 +208,7 @@ class Case:
                 [pick(x)[:, None] for x in of.rows],
                 [pick(x)[None, :] for x in of.cols],
                 [pick(x) for x in of.scalars],
-                (),
+                [pick(x) for x in of.dense],
             )
         return listed & (j < self.s)
 
@@ -313,6 +324,12 @@ CASES = {
         bias=True,
     ),
     "wide and narrow heads": Case(d=256, dv=16, predicate=causal, bias=True),
+    "given": Case(
+        *(2, 2, 1, 128, 200, 64, 64, 64, 128), predicate=given, dense=2, mask_b=2
+    ),
+    "given, heads of 256": Case(
+        *(1, 2, 1, 128, 128, 256, 256, 128, 64), predicate=given, dense=1
+    ),
     "capped": Case(predicate=causal, soft_cap=2.0, bias=True),
 }
 
@@ -374,7 +391,11 @@ REFUSED = [
         "dv is 208, needs a multiple of 16 from 16 to 192, or 256",
     ),
     (KV | dict(dv=0), None, "dv is 0, needs a multiple of 16 from 16 to 192, or 256"),
-    (dict(dense=1), "h100", "dense is 1, needs 0"),
+    (
+        dict(d=256, dv=256, rows=9, cols=9, dense=99),
+        "h200",
+        "rows is 9, cols is 9, dense is 99, with head sizes 256 and 256 forward takes ",
+    ),
     (Q | dict(paged=True), "h200", "pages have no backward_q"),
     (KV | dict(paged=True), "h200", "pages have no backward_kv"),
 ]
@@ -393,6 +414,7 @@ def test_refuses(changes, chip, needs):
         # (warpgroups, group, tile, split): two warpgroups where there is work for them.
         ({}, (2, 1, 128, False)),
         (dict(rows=1), (2, 1, 64, False)),
+        (dict(dense=1), (2, 1, 64, False)),
         (dict(block_k=64), (2, 1, 64, False)),
         (dict(block_q=64), (1, 1, 64, False)),
         (dict(block_q=64, mask_h=2), (2, 2, 128, False)),
