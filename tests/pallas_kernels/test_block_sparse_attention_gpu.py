@@ -325,7 +325,7 @@ CASES = {
     ),
     "wide and narrow heads": Case(d=256, dv=16, predicate=causal, bias=True),
     "given": Case(
-        *(2, 2, 1, 128, 200, 64, 64, 64, 128), predicate=given, dense=2, mask_b=2
+        *(2, 2, 1, 128, 256, 64, 64, 64, 128), predicate=given, dense=2, mask_b=2
     ),
     "given, heads of 256": Case(
         *(1, 2, 1, 128, 128, 256, 256, 128, 64), predicate=given, dense=1
@@ -337,8 +337,13 @@ CASES = {
 # Heads packed and not, sums for keys and values by one warpgroup and by two, one step
 # per block and two, operands, a cap, a bias.
 QUICK = "capped", "documents"
+REPEATS = "wide and narrow heads", "given, heads of 256"
 NAMES = [
-    pytest.param(name, marks=() if name in QUICK else pytest.mark.slow)
+    pytest.param(
+        name,
+        marks=[pytest.mark.slow] * (name not in QUICK)
+        + [pytest.mark.exhaustive] * (name in REPEATS),
+    )
     for name in CASES
 ]
 
@@ -392,9 +397,12 @@ REFUSED = [
     ),
     (KV | dict(dv=0), None, "dv is 0, needs a multiple of 16 from 16 to 192, or 256"),
     (
-        dict(d=256, dv=256, rows=9, cols=9, dense=99),
+        Q | dict(d=256, dv=256, rows=20, cols=20, dense=20),
         "h200",
-        "rows is 9, cols is 9, dense is 99, with head sizes 256 and 256 forward takes ",
+        # 64 rows of q, dout and 22 numbers; twice 64 positions of k, v and 20 numbers,
+        # and 20 times two words of each row; 4096 beside.
+        "rows is 20, cols is 20, dense is 20, with head sizes 256 and 256 backward_q "
+        "takes 237056 bytes of shared memory, needs at most 232448",
     ),
     (Q | dict(paged=True), "h200", "pages have no backward_q"),
     (KV | dict(paged=True), "h200", "pages have no backward_kv"),
