@@ -49,6 +49,9 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from pallas_kernels import _chips
+from pallas_kernels._chips import TPU_LANES
+
 
 class Elements(NamedTuple):
     """Which elements of a listed block are allowed, unless the block is full.
@@ -118,7 +121,7 @@ class Config:
     stages: GPU: depth of the copy pipeline.
     tile: GPU: positions that one step meets, of a listed block.
     warpgroups: GPU: warpgroups that compute, 64 rows each.
-    split: GPU, backward_kv: of two warpgroups one sums for dk, the other for dv.
+    split: GPU, backward: two warpgroups have the same rows, and each some of the sums.
     """
 
     keys: int
@@ -136,14 +139,8 @@ class Config:
 
 # --- TPU: Pallas Mosaic -------------------------------------------------------------
 
-# VMEM of one core in MiB, less what the compiler keeps for itself. Where the chip is
-# not known yet the tiles must fit the smallest.
-TPU_VMEM = {"v4": 13, "v5e": 100, "v5p": 52, "v6e": 100, "tpu7x": 52, None: 13}
-TPU_LANES = 128
 # Query rows of a tile are whole registers of any dtype; others are padded.
 TPU_ROWS = 32
-# What the compiler keeps in VMEM beside the buffers asked for: spills, constants.
-TPU_SLACK = 2 * 2**20
 # Rows that one inner step brings at most, that a program holds, and that go through an
 # inner step at a time: by the compiler's schedules for v5e, taller ones gain nothing.
 _TPU_KEYS = 512
@@ -161,28 +158,17 @@ def check_mosaic_tpu(problem: Problem, chip: str | None) -> None:
         chip: "v4", "v5e", "v5p", "v6e", "tpu7x", another chip's name, or None where it
             is not known yet.
     """
-    if chip not in TPU_VMEM:
-        served = ", ".join(name for name in TPU_VMEM if name)
-        raise NotImplementedError(f"mosaic_tpu: chip is {chip}, needs one of {served}")
-    if problem.dtype not in ("bfloat16", "float32"):
-        raise NotImplementedError(
-            f"mosaic_tpu: dtype is {problem.dtype}, needs bfloat16 or float32"
-        )
-    for name in ("b", "h", "h_kv", "t", "s", "block_q", "capacity"):
-        if getattr(problem, name) < 1:
-            raise NotImplementedError(
-                f"mosaic_tpu: {name} is {getattr(problem, name)}, needs at least 1"
-            )
+    _chips.check_chip("mosaic_tpu", chip)
+    _chips.check_dtype("mosaic_tpu", problem)
+    sizes = "b", "h", "h_kv", "t", "s", "block_q", "capacity"
+    _chips.check_positive("mosaic_tpu", problem, *sizes)
     for name in ("d", "dv"):
         size = getattr(problem, name)
         if size % 8 or not 8 <= size <= 256:
             raise NotImplementedError(
                 f"mosaic_tpu: {name} is {size}, needs a multiple of 8 from 8 to 256"
             )
-    if problem.block_k % TPU_LANES or problem.block_k < TPU_LANES:
-        raise NotImplementedError(
-            f"mosaic_tpu: block_k is {problem.block_k}, needs a multiple of {TPU_LANES}"
-        )
+    _chips.check_multiple("mosaic_tpu", problem, TPU_LANES, "block_k")
     if problem.paged and problem.op != "forward":
         raise NotImplementedError(f"mosaic_tpu: pages have no {problem.op}")
     entries = problem.capacity
@@ -196,7 +182,7 @@ def check_mosaic_tpu(problem: Problem, chip: str | None) -> None:
             f"mosaic_tpu: {name} is {getattr(problem, name)}, whose lists take "
             f"{4 * entries} bytes of SMEM, needs at most {_TPU_SMEM}: larger blocks"
         )
-    needed, room = config_mosaic_tpu(problem, chip).vmem, TPU_VMEM[chip] * 2**20
+    needed, room = config_mosaic_tpu(problem, chip).vmem, _chips.tpu_vmem(chip)
     if needed > room:
         raise NotImplementedError(
             f"mosaic_tpu: blocks of {problem.block_q}x{problem.block_k}, head sizes "
@@ -207,7 +193,7 @@ def check_mosaic_tpu(problem: Problem, chip: str | None) -> None:
 
 def config_mosaic_tpu(problem: Problem, chip: str | None) -> Config:
     """Picks how many heads a program holds and how many blocks an inner step takes."""
-    room = TPU_VMEM.get(chip, TPU_VMEM[None]) * 2**20
+    room = _chips.tpu_vmem(chip)
     # Heads that share a list and keys; more rows for each block that is brought.
     share = problem.h // math.lcm(problem.h_kv, problem.mask_h)
     heads = [g for g in range(max(share, 1), 0, -1) if share % g == 0] or [1]
@@ -235,8 +221,7 @@ def config_mosaic_tpu(problem: Problem, chip: str | None) -> Config:
 def vmem_mosaic_tpu(problem: Problem, config: Config) -> int:
     """Bytes of VMEM that a kernel's buffers take."""
     item = 2 if problem.dtype == "bfloat16" else 4
-    wide = lambda size: -(-size // TPU_LANES) * TPU_LANES
-    d, dv = wide(problem.d), wide(problem.dv)
+    d, dv = _chips.up(problem.d), _chips.up(problem.dv)
     rows = -(-config.group * problem.block_q // TPU_ROWS) * TPU_ROWS
     keys = problem.block_k
     # A line of numbers takes eight sublanes; a column of them, all lanes.
@@ -259,17 +244,17 @@ def vmem_mosaic_tpu(problem: Problem, config: Config) -> int:
     elements += 2 * problem.dense * rows * keys
     # What of a part's logits the compiler keeps in VMEM between products.
     logits = 4 * height * width * 4
-    return tiles * item + 4 * sums + elements + logits + TPU_SLACK
+    return tiles * item + 4 * sums + elements + logits + _chips.TPU_SLACK
 
 
 # --- GPU: Pallas Mosaic, Hopper -----------------------------------------------------
 
 # Rows of a warpgroup: what one wgmma takes.
 HOPPER_ROWS = 64
-# Shared memory that one program can ask for, and what its barriers and the alignment of
-# its buffers may take of it.
-_HOPPER_SMEM = 232_448
-_HOPPER_BARRIERS = 4_096
+# Elements of a given mask in one word.
+HOPPER_WORD = 32
+# What of a program's shared memory its barriers and the alignment of its buffers take.
+_HOPPER_SLACK = 4_096
 
 
 def check_mosaic_gpu(problem: Problem, chip: str | None) -> None:
@@ -279,49 +264,28 @@ def check_mosaic_gpu(problem: Problem, chip: str | None) -> None:
         problem: the attention asked for.
         chip: "h100", "h200", another chip's name, or None where it is not known yet.
     """
-    if chip not in (None, "h100", "h200"):
-        raise NotImplementedError(
-            f"mosaic_gpu: chip is {chip}, needs a Hopper GPU (h100, h200)"
-        )
-    if problem.dtype not in ("bfloat16", "float16"):
-        raise NotImplementedError(
-            f"mosaic_gpu: dtype is {problem.dtype}, needs bfloat16 or float16"
-        )
-    for name in ("b", "h", "h_kv", "t", "s", "capacity"):
-        if getattr(problem, name) < 1:
-            raise NotImplementedError(
-                f"mosaic_gpu: {name} is {getattr(problem, name)}, needs at least 1"
-            )
-    for name in ("block_q", "block_k"):
-        side = getattr(problem, name)
-        if side % HOPPER_ROWS or side < HOPPER_ROWS:
-            raise NotImplementedError(
-                f"mosaic_gpu: {name} is {side}, needs a multiple of {HOPPER_ROWS}"
-            )
+    _chips.check_chip("mosaic_gpu", chip)
+    _chips.check_dtype("mosaic_gpu", problem)
+    _chips.check_positive("mosaic_gpu", problem, "b", "h", "h_kv", "t", "s", "capacity")
+    _chips.check_multiple("mosaic_gpu", problem, HOPPER_ROWS, "block_q", "block_k")
     for name in ("d", "dv"):
         size = getattr(problem, name)
-        if size not in (64, 128, 192):
+        # Unlike halves of a sum, of 224 columns say, and ptxas serializes the products.
+        if size != 256 and (size % 16 or not 16 <= size <= 192):
             raise NotImplementedError(
-                f"mosaic_gpu: {name} is {size}, needs 64, 128 or 192"
+                f"mosaic_gpu: {name} is {size}, needs a multiple of 16 from 16 to 192, "
+                "or 256"
             )
-        # Registers left beside sums of 192 columns are for positions only.
-        more = problem.rows + problem.cols + problem.scalars
-        if size > 128 and (more or problem.soft_cap or problem.bias):
-            raise NotImplementedError(
-                f"mosaic_gpu: {name} is {size} with operands of a predicate, a soft "
-                "cap or a bias, needs 64 or 128"
-            )
-    if problem.dense:
-        raise NotImplementedError(f"mosaic_gpu: dense is {problem.dense}, needs 0")
     if problem.paged and problem.op != "forward":
         raise NotImplementedError(f"mosaic_gpu: pages have no {problem.op}")
     config = config_mosaic_gpu(problem, chip)
     needed = smem_mosaic_gpu(problem, config)
-    if needed > _HOPPER_SMEM:
+    if needed > _chips.HOPPER_SMEM:
         raise NotImplementedError(
-            f"mosaic_gpu: rows is {problem.rows}, cols is {problem.cols}, with head "
-            f"sizes {problem.d} and {problem.dv} {problem.op} takes {needed} bytes of "
-            f"shared memory, needs at most {_HOPPER_SMEM}"
+            f"mosaic_gpu: rows is {problem.rows}, cols is {problem.cols}, dense is "
+            f"{problem.dense}, with head sizes {problem.d} and {problem.dv} "
+            f"{problem.op} takes {needed} bytes of shared memory, needs at most "
+            f"{_chips.HOPPER_SMEM}"
         )
 
 
@@ -338,37 +302,53 @@ def config_mosaic_gpu(problem: Problem, chip: str | None) -> Config:
         block, step = step, block
     across = 2 if block % (2 * HOPPER_ROWS) == 0 else 1
     share = problem.h // math.lcm(problem.h_kv, problem.mask_h)
-    group = 2 if across == 1 and share % 2 == 0 and not by_keys else 1
-    config = Config(problem.s, problem.block_q, problem.block_k)
-    # By ptxas: logits of a forward step are 64 registers with a tile of 128, which fits
-    # beside sums of 128 columns, but not if operands are asked. The backward kernels
-    # have two such arrays; sums for keys and values fit together for heads of 64.
-    heads = max(problem.d, problem.dv)
-    most = 64 if problem.rows or problem.cols else 128
-    wide = step % 128 == 0 and heads <= (most if problem.op == "forward" else 0)
-    split = by_keys and heads > 64
+    split = problem.op == "backward_q" and problem.d > 192
+    if by_keys:
+        split, share = max(problem.d, problem.dv) > 64, 1
+    group = 2 if across == 1 and share % 2 == 0 and not split else 1
     both = 2 if split else across * group
-    for warpgroups, tile in (both, 128 if wide and both == 2 else 64), (1, 64):
+    tile = _hopper_tile(problem)
+    tile = tile if step % tile == 0 and both == 2 else min(tile, 64)
+    config = Config(problem.s, problem.block_q, problem.block_k, split=split)
+    for warpgroups in (2,) if split else (both, 1):
         for stages in (4, 3, 2):
             config = dataclasses.replace(
                 config,
                 group=min(group, warpgroups),
                 warpgroups=warpgroups,
-                split=split and warpgroups == 2,
-                tile=tile,
+                tile=tile if warpgroups == 2 else min(tile, 64),
                 stages=stages,
             )
-            if smem_mosaic_gpu(problem, config) <= _HOPPER_SMEM:
+            if smem_mosaic_gpu(problem, config) <= _chips.HOPPER_SMEM:
                 return config
     return config
 
 
+def _hopper_tile(problem: Problem) -> int:
+    """Positions of a step whose logits fit in registers beside the sums, by ptxas.
+
+    A thread has half a register for each position and for each column of its sums, in
+    backward kernels one for each position; and what else is asked.
+    """
+    d, dv = problem.d, problem.dv
+    asked = problem.rows + problem.cols + problem.scalars + problem.dense > 0
+    more = asked + (problem.soft_cap or problem.bias)
+    if problem.op == "forward":
+        if max(d, dv) <= (64 if asked else 128):
+            return 128
+        return 32 if dv > 192 and asked else 64
+    if problem.op == "backward_q":
+        # Beyond 192 each of two warpgroups has half of the sums.
+        return 32 if d > 128 and more > (d > 192) else 64
+    return 64 if max(d, dv) <= (256, 192, 128)[more] else 32
+
+
 def smem_mosaic_gpu(problem: Problem, config: Config) -> int:
     """Bytes of shared memory that a program takes."""
-    d, dv, rows = problem.d, problem.dv, config.warpgroups * HOPPER_ROWS
+    d, dv = problem.d, problem.dv
+    rows = HOPPER_ROWS * (1 if config.split else config.warpgroups)
     both = 2 * (d + dv)
     if problem.op == "backward_kv":
-        rows = HOPPER_ROWS if config.split else rows
         home = rows * both
         stage = config.tile * (both + 8 + 4 * problem.rows) + 4 * rows * problem.cols
     else:
@@ -376,4 +356,5 @@ def smem_mosaic_gpu(problem: Problem, config: Config) -> int:
         if problem.op == "backward_q" or d != dv:
             home += rows * 2 * dv
         stage = config.tile * (both + 4 * problem.cols * config.group)
-    return _HOPPER_BARRIERS + home + config.stages * stage
+    stage += 4 * rows * (config.tile // HOPPER_WORD) * problem.dense
+    return _HOPPER_SLACK + home + config.stages * stage

@@ -52,6 +52,10 @@ def causal(i, j, rows, cols, scalars, dense):
     return i >= j
 
 
+def given(i, j, rows, cols, scalars, dense):
+    return dense[0] & ((i >= j) | ~dense[-1])
+
+
 def kernel(problem, chip, **changes):
     """A kernel's call and the shapes of its arguments."""
     _spec.check_mosaic_gpu(problem, chip)
@@ -85,10 +89,12 @@ def kernel(problem, chip, **changes):
         [ints((b, 1, t))] * problem.rows,
         [ints((1, h, s))] * problem.cols,
         [ints((1, h))] * problem.scalars,
+        [jax.ShapeDtypeStruct((b, 1, t, s), bool)] * problem.dense,
     )
 
     def fn(arrays, lists, operands, options):
         predicate = documents if problem.rows else causal
+        predicate = given if problem.dense else predicate
         return getattr(mosaic_gpu, problem.op)(
             *arrays,
             lists,
@@ -126,19 +132,43 @@ def test_canonical(chip, op, capfd):
     assert report.clean, report
 
 
-PLAIN = dict(rows=0, cols=0, scalars=0)
+PLAIN, BOTH = dict(rows=0, cols=0, scalars=0), dict(soft_cap=True, bias=True)
 SWEEP = {
+    "32": dict(d=32, dv=32),
     "64": dict(d=64, dv=64),
+    "96": dict(d=96, dv=96),
+    "256": dict(d=256, dv=256),
     "192": PLAIN | dict(d=192, dv=192),
     "192, 128": PLAIN | dict(d=192, dv=128),
     "one head": dict(block_q=64, block_k=64, mask_h=8),
     "packed": dict(block_q=64, block_k=64, mask_h=1, dtype="float16"),
     "unlike": PLAIN | dict(d=128, dv=64, t=4000, s=1000, block_q=256),
-    "options": PLAIN | dict(soft_cap=True, bias=True),
+    "options": PLAIN | BOTH,
+    "given": PLAIN | dict(dense=1),
 }
+ALL_OF = {
+    "192 with operands": dict(d=192, dv=192),
+    "192, 128 with all": BOTH | dict(d=192, dv=128),
+    "256 alone": PLAIN | dict(d=256, dv=256),
+    "256 with options": PLAIN | BOTH | dict(d=256, dv=256),
+    "256 with all": BOTH | dict(d=256, dv=256),
+    "256 with all, one head": BOTH | dict(d=256, dv=256, block_q=64, block_k=64),
+    "144, 176 with all": BOTH | dict(d=144, dv=176),
+    "256, 64": dict(d=256, dv=64, dtype="float16"),
+    "64, 256": dict(d=64, dv=256, block_q=64, mask_h=1),
+    "48, 80": dict(d=48, dv=80),
+    "16": dict(d=16, dv=16),
+    "128 with all": BOTH,
+    "given, of 64": PLAIN | BOTH | dict(dense=2, d=64, dv=64),
+    "given, of 192": PLAIN | BOTH | dict(dense=1, d=192, dv=192),
+    "given, of 256": PLAIN | dict(dense=1, d=256, dv=256),
+    "given, of 256, with options": PLAIN | BOTH | dict(dense=1, d=256, dv=256),
+}
+NAMED = [*SWEEP, *(pytest.param(name, marks=pytest.mark.exhaustive) for name in ALL_OF)]
+SWEEP |= ALL_OF
 
 
-@pytest.mark.parametrize("name", SWEEP)
+@pytest.mark.parametrize("name", NAMED)
 @pytest.mark.parametrize("op", NAMES)
 def test_sweep(op, name, capfd):
     problem = dataclasses.replace(CANONICAL, op=op, **SWEEP[name])

@@ -29,6 +29,11 @@ def documents(i, j, rows, cols, scalars, dense):
     return (i >= j) & (rows[0] == cols[0]) & ~(j < scalars[0])
 
 
+def given(i, j, rows, cols, scalars, dense):
+    """The given elements, but for those after the query which another mask has."""
+    return dense[0] & ((i >= j) | ~dense[-1])
+
+
 @dataclasses.dataclass
 class Case:
     """Random operands and lists; in float64 all results of them."""
@@ -49,6 +54,7 @@ class Case:
     rows: int = 0
     cols: int = 0
     scalars: int = 0
+    dense: int = 0
     soft_cap: float | None = None
     bias: bool = False
     seed: int = 0
@@ -91,6 +97,11 @@ class Case:
                 jnp.asarray(rng.integers(0, 9, (1, h)), jnp.int32)
                 for _ in range(self.scalars)
             ),
+            # One mask for all heads of a member, one for all members.
+            tuple(
+                jnp.asarray(rng.random((*of, t, s)) < 0.7)
+                for of in [(b, 1), (1, h)][: self.dense]
+            ),
         )
 
     # --- what the kernels take
@@ -112,7 +123,7 @@ class Case:
             *(self.b, self.h, self.h_kv, self.t, self.s, self.d, self.dv),
             *(self.block_q, self.block_k, self.listed.shape[-1]),
             *(self.mask_b, self.mask_h, self.dtype),
-            *(self.rows, self.cols, self.scalars, 0),
+            *(self.rows, self.cols, self.scalars, self.dense),
             *(self.soft_cap is not None, self.bias, False),
         )
 
@@ -197,7 +208,7 @@ class Case:
                 [pick(x)[:, None] for x in of.rows],
                 [pick(x)[None, :] for x in of.cols],
                 [pick(x) for x in of.scalars],
-                (),
+                [pick(x) for x in of.dense],
             )
         return listed & (j < self.s)
 
@@ -301,7 +312,24 @@ CASES = {
         cols=1,
         scalars=1,
     ),
-    "heads of 192": Case(d=192, dv=128, predicate=causal),
+    "heads of 192": Case(d=192, dv=128, predicate=documents, rows=1, cols=1, scalars=1),
+    "heads of 32 and 96": Case(d=32, dv=96, s=192, predicate=causal),
+    "heads of 256": Case(
+        *(1, 2, 1, 128, 128, 256, 256),
+        predicate=documents,
+        rows=1,
+        cols=1,
+        scalars=1,
+        soft_cap=2.0,
+        bias=True,
+    ),
+    "wide and narrow heads": Case(d=256, dv=16, predicate=causal, bias=True),
+    "given": Case(
+        *(2, 2, 1, 128, 256, 64, 64, 64, 128), predicate=given, dense=2, mask_b=2
+    ),
+    "given, heads of 256": Case(
+        *(1, 2, 1, 128, 128, 256, 256, 128, 64), predicate=given, dense=1
+    ),
     "capped": Case(predicate=causal, soft_cap=2.0, bias=True),
 }
 
@@ -309,8 +337,13 @@ CASES = {
 # Heads packed and not, sums for keys and values by one warpgroup and by two, one step
 # per block and two, operands, a cap, a bias.
 QUICK = "capped", "documents"
+REPEATS = "wide and narrow heads", "given, heads of 256"
 NAMES = [
-    pytest.param(name, marks=() if name in QUICK else pytest.mark.slow)
+    pytest.param(
+        name,
+        marks=[pytest.mark.slow] * (name not in QUICK)
+        + [pytest.mark.exhaustive] * (name in REPEATS),
+    )
     for name in CASES
 ]
 
@@ -356,11 +389,21 @@ REFUSED = [
     (dict(capacity=0), None, "capacity is 0, needs at least 1"),
     (dict(block_q=32), "h100", "block_q is 32, needs a multiple of 64"),
     (dict(block_k=96), "h100", "block_k is 96, needs a multiple of 64"),
-    (dict(d=96), "h100", "d is 96, needs 64, 128 or 192"),
-    (dict(dv=256), "h100", "dv is 256, needs 64, 128 or 192"),
-    (dict(d=192, rows=1), "h100", "d is 192 with operands of a predicate"),
-    (Q | dict(dv=192, bias=True), "h100", "dv is 192 with operands of a predicate"),
-    (dict(dense=1), "h100", "dense is 1, needs 0"),
+    (dict(d=40), "h100", "d is 40, needs a multiple of 16 from 16 to 192, or 256"),
+    (
+        Q | dict(dv=208),
+        None,
+        "dv is 208, needs a multiple of 16 from 16 to 192, or 256",
+    ),
+    (KV | dict(dv=0), None, "dv is 0, needs a multiple of 16 from 16 to 192, or 256"),
+    (
+        Q | dict(d=256, dv=256, rows=20, cols=20, dense=20),
+        "h200",
+        # 64 rows of q, dout and 22 numbers; twice 64 positions of k, v and 20 numbers,
+        # and 20 times two words of each row; 4096 beside.
+        "rows is 20, cols is 20, dense is 20, with head sizes 256 and 256 backward_q "
+        "takes 237056 bytes of shared memory, needs at most 232448",
+    ),
     (Q | dict(paged=True), "h200", "pages have no backward_q"),
     (KV | dict(paged=True), "h200", "pages have no backward_kv"),
 ]
@@ -379,14 +422,22 @@ def test_refuses(changes, chip, needs):
         # (warpgroups, group, tile, split): two warpgroups where there is work for them.
         ({}, (2, 1, 128, False)),
         (dict(rows=1), (2, 1, 64, False)),
+        (dict(dense=1), (2, 1, 64, False)),
         (dict(block_k=64), (2, 1, 64, False)),
         (dict(block_q=64), (1, 1, 64, False)),
         (dict(block_q=64, mask_h=2), (2, 2, 128, False)),
         (Q, (2, 1, 64, False)),
+        (dict(d=256, dv=256), (2, 1, 64, False)),
+        (dict(d=256, dv=256, cols=1), (2, 1, 32, False)),
         (Q | dict(d=192, dv=192), (2, 1, 64, False)),
+        (Q | dict(d=192, dv=192, bias=True), (2, 1, 32, False)),
+        (Q | dict(d=256, block_q=64, mask_h=2, rows=1), (2, 1, 64, True)),
+        (Q | dict(d=256, rows=1, bias=True), (2, 1, 32, True)),
         (KV, (2, 1, 64, True)),
         (KV | dict(block_k=64), (2, 1, 64, True)),
         (KV | dict(d=64, dv=64), (2, 1, 64, False)),
+        (KV | dict(d=256, dv=256), (2, 1, 64, True)),
+        (KV | dict(d=256, dv=256, soft_cap=True), (2, 1, 32, True)),
         (KV | dict(d=64, dv=64, block_k=192), (1, 1, 64, False)),
     ],
 )
