@@ -1,5 +1,6 @@
 """block_sparse_attention: attention over the blocks that a mask lists."""
 
+import dataclasses
 import functools
 import math
 import numbers
@@ -323,13 +324,17 @@ def _attention(how, *operands):
 
 
 def _attention_fwd(how, *operands):
-    out, lse = _attention(how, *operands)
-    return (out, lse), (operands, out, lse)
+    biased = Operands(*operands).bias is not None
+    exact, lse = _attention(dataclasses.replace(how, exact=biased), *operands)
+    out = exact.astype(operands[0].dtype)
+    return (out, lse), (operands, exact, lse)
 
 
 def _attention_bwd(how, residuals, cotangents):
     operands, out, lse = residuals
-    gradients = _gradients(how, *operands, out, lse, *cotangents)
+    dout, dlse = cotangents
+    dout = dout.astype(operands[0].dtype)
+    gradients = _gradients(how, *operands, out, lse, dout, dlse)
     return *gradients, None, None
 
 

@@ -210,18 +210,24 @@ def low(made, *args):
 
 
 def check(got, want, plain):
-    """All six, where lse is -inf of the same rows."""
-    for n, (out, reference, rounded) in enumerate(zip(got, want, plain, strict=True)):
+    """All six, where lse is -inf of the same rows.
+
+    The gradient of a bias too, in 16 bits, of XLA: from ``dout . out`` of an out that
+    is not rounded. Of kernels no case has one, since theirs is of rounded exponentials:
+    ``dz = p (dp - dout . out)`` then has a sum over its row that is not 0, as it is by
+    construction in the dense formula's softmax, which rounds dp alone, each on its own.
+    A sum over a block adds up the former and averages out the latter: 8 times the dense
+    error was seen, 0.2% of the greatest sum. The kernels' own tests hold their sums to
+    the rule, given the exact ``dout . out``.
+    """
+    for out, reference, rounded in zip(got, want, plain, strict=True):
         if reference is None:
             assert out is None
             continue
-        # A rounded out, times dout, is in each dz of its row; a bias gets their sum.
-        of_bias = n == 5 and got[0].dtype.itemsize == 2
         empty = reference == -np.inf
         np.testing.assert_array_equal(f64(out) == -np.inf, empty)
         finite = lambda a, empty=empty: np.where(empty, 0, f64(a))
-        eps = 2**-8 if of_bias else 1e-6
-        assert_close(finite(out), finite(reference), finite(rounded), eps=eps)
+        assert_close(finite(out), finite(reference), finite(rounded))
 
 
 # What named implementations refuse of the cases; anything else must be served.
@@ -506,6 +512,7 @@ def test_batch_and_heads_over_devices(kind):
         ("ring", "over_devices"),
         pytest.param("gather", "over_devices", marks=pytest.mark.slow),
         pytest.param("ring", "causal_over_devices", marks=pytest.mark.slow),
+        pytest.param("ring", "over_devices_in_16_bits", marks=pytest.mark.slow),
     ],
 )
 def test_sequence_over_devices(exchange, name):
@@ -554,6 +561,9 @@ def test_second_derivatives_over_devices():
 
 CASES["over_devices"] = lambda: random(
     32, 64, (8, 8), "float32", cap=2.0, biased=True, mask_h=2
+)
+CASES["over_devices_in_16_bits"] = lambda: random(
+    32, 64, (8, 8), "bfloat16", biased=True, mask_h=2
 )
 CASES["causal_over_devices"] = lambda: window(64, 64, (8, 16), width=30)
 
