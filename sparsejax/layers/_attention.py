@@ -43,7 +43,7 @@ def mask_holds_arrays(mask: AttentionMask | None) -> bool:
 def apply_sparse_attention(
     spec: SparseAttentionSpec,
     params: dict[str, Array],
-    mask: AttentionMask,
+    mask: AttentionMask | None,
     x: Float[Array, "b t n"],
     x_kv: Float[Array, "b s _n"] | None = None,
     *,
@@ -63,7 +63,8 @@ def apply_sparse_attention(
         as ``causal() & sliding_window(512)``; a ``BlockMask`` of (t, s); or a selector,
         which is called ``mask(query, key, block_shape=spec.block_shape)`` on
         ``[b, t, h, d]`` and ``[b, s, h_kv, d]`` and returns a ``BlockMask`` and stats:
-        ``functools.partial(attention.moba, budget=8)``. Its arrays may be traced.
+        ``functools.partial(attention.moba, budget=8)``. Its arrays may be traced. None:
+        everything.
       x: Of the queries, and of keys and values where x_kv is None.
       x_kv: Of keys and values.
       positions: Of x for the rotary positions, int ``[t]`` or ``[b, t]``, such as those
@@ -125,7 +126,7 @@ def apply_sparse_attention(
 def decode_sparse_attention(
     spec: SparseAttentionSpec,
     params: dict[str, Array],
-    mask: AttentionMask,
+    mask: AttentionMask | None,
     x: Float[Array, "b t n"],
     cache: KVCache,
 ) -> tuple[Float[Array, "b t n"], KVCache]:
@@ -141,7 +142,8 @@ def decode_sparse_attention(
       mask: An expression between positions in the sequence; keys that are not there yet
         are left out in any case. A selector, which is handed the position of each
         sequence's first query as ``offset``, and all of the cache as keys. Or a
-        ``BlockMask`` of this call's t queries and the cache's ``capacity`` keys.
+        ``BlockMask`` of this call's t queries and the cache's ``capacity`` keys. None:
+        everything that is there.
       x: The next tokens, one or more.
       cache: As from ``init_kv_cache``, or from the call before.
 
@@ -179,6 +181,7 @@ def decode_sparse_attention(
 
     # One row of a block of queries is as many rows as there are.
     sides = min(spec.block_shape[0], t), spec.block_shape[1]
+    mask = everything() if mask is None else mask
     if isinstance(mask, Expression):
         there = mask.shift(queries=start) & keys_below(start + t)
         found = block_mask(there, t, cache.capacity, block_shape=sides)
@@ -192,6 +195,7 @@ def decode_sparse_attention(
 
 def _find(spec, mask, query, key):
     """The mask of these queries and keys; a selector's stats."""
+    mask = everything() if mask is None else mask
     if isinstance(mask, BlockMask):
         return mask, None
     if isinstance(mask, Expression):
@@ -303,7 +307,7 @@ def _positions(given, x):
 
 
 def _check(spec, name, x):
-    if x.shape[-1] != spec.features:
+    if x.ndim != 3 or x.shape[-1] != spec.features:
         raise ValueError(
             f"{name}: got shape {x.shape}, needed [b, t, {spec.features}], features"
         )

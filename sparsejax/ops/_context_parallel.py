@@ -13,12 +13,9 @@ from jaxtyping import Array, Shaped
 from sparsejax import _dispatch
 from sparsejax._dispatch import Choice
 from sparsejax.attention import BlockMask
+from sparsejax.ops._attention_arguments import prepared
 from sparsejax.ops._attention_operands import Operands
-from sparsejax.ops._block_sparse_attention import (
-    attend,
-    call_gradients,
-    prepared,
-)
+from sparsejax.ops._block_sparse_attention import attend, call_gradients
 from sparsejax.ops._checks import accumulator
 from sparsejax.ops._exchange import AxisName
 from sparsejax.ops._merge_attention import merge_attention
