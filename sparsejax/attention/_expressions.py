@@ -411,8 +411,11 @@ def _reduced(mask: Any, block_shape: tuple[int, int]) -> tuple[Any, Any]:
         pad = [(0, 0), (0, 0), (0, -t % bq), (0, -s % bk)]
         xp = space(mask)
         whole = xp.pad(mask, pad, constant_values=edge) if t % bq or s % bk else mask
-        tiles = whole.reshape(*mask.shape[:2], -(-t // bq), bq, -(-s // bk), bk)
-        found.append(getattr(tiles, reduce)(axis=(3, 5)))
+        # One axis at a time: a sharded array's reshape can split no more.
+        rows = whole.reshape(*whole.shape[:3], -(-s // bk), bk)
+        rows = getattr(rows, reduce)(axis=4)
+        tiles = rows.reshape(*mask.shape[:2], -(-t // bq), bq, rows.shape[3])
+        found.append(getattr(tiles, reduce)(axis=3))
     return found[0], found[1]
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from sparsejax.attention import (
@@ -19,6 +20,7 @@ from sparsejax.attention import (
 from sparsejax.layers._attention_spec import SparseAttentionSpec
 from sparsejax.layers._kv_cache import KVCache, append
 from sparsejax.ops import block_sparse_attention
+from sparsejax.ops._attention_batch import axis_names
 
 Selector = Callable[..., tuple[BlockMask, BlockStats]]
 AttentionMask = Expression | BlockMask | Selector
@@ -41,7 +43,7 @@ def mask_holds_arrays(mask: AttentionMask | None) -> bool:
 def apply_sparse_attention(
     spec: SparseAttentionSpec,
     params: dict[str, Array],
-    mask: AttentionMask,
+    mask: AttentionMask | None,
     x: Float[Array, "b t n"],
     x_kv: Float[Array, "b s _n"] | None = None,
     *,
@@ -61,7 +63,8 @@ def apply_sparse_attention(
         as ``causal() & sliding_window(512)``; a ``BlockMask`` of (t, s); or a selector,
         which is called ``mask(query, key, block_shape=spec.block_shape)`` on
         ``[b, t, h, d]`` and ``[b, s, h_kv, d]`` and returns a ``BlockMask`` and stats:
-        ``functools.partial(attention.moba, budget=8)``. Its arrays may be traced.
+        ``functools.partial(attention.moba, budget=8)``. Its arrays may be traced. None:
+        everything.
       x: Of the queries, and of keys and values where x_kv is None.
       x_kv: Of keys and values.
       positions: Of x for the rotary positions, int ``[t]`` or ``[b, t]``, such as those
@@ -93,6 +96,11 @@ def apply_sparse_attention(
     References:
       Vaswani et al., "Attention Is All You Need", NeurIPS 2017. Grouped queries:
       Ainslie et al., "GQA", EMNLP 2023. Rotary positions: Su et al., "RoFormer", 2021.
+
+    Note:
+      Over a mesh with explicit axes each device computes its sequences and heads, where
+      x is cut over the batch and the parameters over heads. A selector, and statistics,
+      get all queries and keys on every device.
     """
     _check(spec, "x", x)
     if x_kv is not None:
@@ -108,6 +116,7 @@ def apply_sparse_attention(
         return y
     if stats is None:
         dense = everything() if dense is None else dense
+        query, key = _together(query, key)
         stats = block_stats(
             query, key, found, dense, overflow=found.overflow, scale=spec.scale
         )
@@ -117,7 +126,7 @@ def apply_sparse_attention(
 def decode_sparse_attention(
     spec: SparseAttentionSpec,
     params: dict[str, Array],
-    mask: AttentionMask,
+    mask: AttentionMask | None,
     x: Float[Array, "b t n"],
     cache: KVCache,
 ) -> tuple[Float[Array, "b t n"], KVCache]:
@@ -133,7 +142,8 @@ def decode_sparse_attention(
       mask: An expression between positions in the sequence; keys that are not there yet
         are left out in any case. A selector, which is handed the position of each
         sequence's first query as ``offset``, and all of the cache as keys. Or a
-        ``BlockMask`` of this call's t queries and the cache's ``capacity`` keys.
+        ``BlockMask`` of this call's t queries and the cache's ``capacity`` keys. None:
+        everything that is there.
       x: The next tokens, one or more.
       cache: As from ``init_kv_cache``, or from the call before.
 
@@ -171,6 +181,7 @@ def decode_sparse_attention(
 
     # One row of a block of queries is as many rows as there are.
     sides = min(spec.block_shape[0], t), spec.block_shape[1]
+    mask = everything() if mask is None else mask
     if isinstance(mask, Expression):
         there = mask.shift(queries=start) & keys_below(start + t)
         found = block_mask(there, t, cache.capacity, block_shape=sides)
@@ -184,6 +195,7 @@ def decode_sparse_attention(
 
 def _find(spec, mask, query, key):
     """The mask of these queries and keys; a selector's stats."""
+    mask = everything() if mask is None else mask
     if isinstance(mask, BlockMask):
         return mask, None
     if isinstance(mask, Expression):
@@ -195,7 +207,7 @@ def _find(spec, mask, query, key):
             f"mask: got {type(mask).__name__}, needed an expression, a BlockMask or a "
             "selector of sparsejax.attention"
         )
-    return mask(query, key, block_shape=spec.block_shape)
+    return mask(*_together(query, key), block_shape=spec.block_shape)
 
 
 def _choose(selector, query, key, start, sides):
@@ -205,7 +217,7 @@ def _choose(selector, query, key, start, sides):
         one = query[None], key.astype(query.dtype)[None]
         return selector(*one, block_shape=sides, offset=start)[0]
 
-    found = jax.vmap(of_one)(query, key, start)
+    found = jax.vmap(of_one)(*_together(query, key, start))
     return jax.tree.map(lambda leaf: leaf[:, 0], found)
 
 
@@ -226,18 +238,48 @@ def _project(spec, params, name, x):
     """``[b, t, d_model]`` to ``[b, t, heads, d]``."""
     kernel = params[name]
     dtype = spec.dtype or jnp.promote_types(x.dtype, kernel.dtype)
-    y = jnp.einsum("btn,nhd->bthd", x.astype(dtype), kernel.astype(dtype))
-    if spec.use_bias:
-        y = y + params[f"{name}_bias"].astype(dtype)
-    return y
+    return _affine(spec, params, name, "btn,nhd->bthd", x.astype(dtype))
 
 
 def _join(spec, params, y):
     """``[b, t, h, d]`` to ``[b, t, d_model]``."""
-    y = jnp.einsum("bthd,hdn->btn", y, params["out"].astype(y.dtype))
-    if spec.use_bias:
-        y = y + params["out_bias"].astype(y.dtype)
-    return y
+    return _affine(spec, params, "out", "bthd,hdn->btn", y)
+
+
+def _affine(spec, params, name, equation, x):
+    """The product over all axes of x but batch and length, and a bias.
+
+    Over a mesh whose types say where arrays lie the result is cut over batch and length
+    as x is, and over the others as the kernel is: JAX asks where both are cut over what
+    is summed, as heads are before ``out``.
+    """
+    kernel, where, of_bias = params[name].astype(x.dtype), None, None
+    if _types_say_where():
+        rows = jax.typeof(x).sharding.spec[:2]
+        taken = {axis for entry in rows for axis in axis_names(entry)}
+        entries = jax.typeof(kernel).sharding.spec[x.ndim - 2 :]
+        free = [taken.isdisjoint(axis_names(entry)) for entry in entries]
+        of_bias = [e if f else None for e, f in zip(entries, free, strict=True)]
+        where = P(*rows, *of_bias)
+    y = jnp.einsum(equation, x, kernel, out_sharding=where)
+    if not spec.use_bias:
+        return y
+    bias = params[f"{name}_bias"].astype(x.dtype)
+    if of_bias is not None:
+        bias = jax.sharding.reshard(bias, P(*of_bias))
+    return y + bias
+
+
+def _together(*arrays):
+    """Whole on each device of a mesh whose types say where arrays lie."""
+    if not _types_say_where():
+        return arrays
+    return tuple(jax.sharding.reshard(a, P()) for a in arrays)
+
+
+def _types_say_where():
+    mesh = jax.sharding.get_abstract_mesh()
+    return not mesh.empty and bool(mesh.explicit_axes)
 
 
 def _rotate(spec, x, positions):
@@ -265,7 +307,7 @@ def _positions(given, x):
 
 
 def _check(spec, name, x):
-    if x.shape[-1] != spec.features:
+    if x.ndim != 3 or x.shape[-1] != spec.features:
         raise ValueError(
             f"{name}: got shape {x.shape}, needed [b, t, {spec.features}], features"
         )

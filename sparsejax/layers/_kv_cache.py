@@ -108,6 +108,16 @@ def init_kv_cache(
 
 def append(cache: KVCache, key: Array, value: Array) -> KVCache:
     """Writes more keys and values ``[b, t, h_kv, d]``, of which some may not fit."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or not mesh.explicit_axes:
+        return _appended(cache, key, value)
+    # The cache stays where it lies; how the new ones get there is XLA's.
+    stay = jax.tree.map(lambda a: jax.typeof(a).sharding.spec, cache)
+    put: Any = jax.sharding.auto_axes(_appended, out_sharding=stay)
+    return put(cache, key, value)
+
+
+def _appended(cache, key, value):
     b, t = key.shape[:2]
     at = cache.length[:, None] + jnp.arange(t, dtype=jnp.int32)
     if cache.page_table is None:

@@ -8,7 +8,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 from sparsejax import layers
-from sparsejax.attention import Expression, everything
+from sparsejax.attention import Expression
 
 
 class SparseAttention(nn.Module):
@@ -93,5 +93,4 @@ class SparseAttention(nn.Module):
     def _chosen(self, given):
         if given is not None:
             return given
-        mask = self.get_variable("topology", "mask", self.mask)
-        return everything() if mask is None else mask
+        return self.get_variable("topology", "mask", self.mask)

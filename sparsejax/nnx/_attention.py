@@ -7,7 +7,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from sparsejax import layers
-from sparsejax.attention import Expression, everything
+from sparsejax.attention import Expression
 from sparsejax.nnx._variables import Layout
 
 
@@ -64,7 +64,6 @@ class SparseAttention(nnx.Module):
             param_dtype=param_dtype,
             implementation=implementation,
         )
-        mask = everything() if mask is None else mask
         holds = layers.mask_holds_arrays(mask)
         self.mask = Layout(mask) if holds else nnx.static(mask)
         params = layers.init_sparse_attention(rngs.params(), self.spec)

@@ -1,5 +1,6 @@
 """Attention of more batch members: by ``jax.vmap``, and over a mesh's explicit axes."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -77,10 +78,7 @@ def over_explicit_axes(
     if not explicit:
         return fn(how, operands)
     batch, _, heads, _ = tuple(jax.typeof(operands.query).sharding.spec)
-    names = heads if isinstance(heads, tuple) else () if heads is None else (heads,)
-    parts = 1
-    for name in names:
-        parts *= mesh.shape[name]
+    parts = math.prod(mesh.shape[name] for name in axis_names(heads))
     per_head = [operands.key.shape[2]]
     per_head += [n for a in jax.tree.leaves(operands.where) if (n := a.shape[1]) > 1]
     if any(n % parts for n in per_head):
@@ -111,3 +109,10 @@ def over_explicit_axes(
         axis_names=set(explicit),
     )
     return mapped(operands)
+
+
+def axis_names(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """The mesh axes that one entry of a PartitionSpec names."""
+    if entry is None:
+        return ()
+    return entry if isinstance(entry, tuple) else (entry,)

@@ -37,9 +37,10 @@ from sparsejax.ops._checks import accumulator
 
 
 def forward(how: How, operands: Operands) -> tuple[jax.Array, jax.Array]:
-    """(out [b, t, h, dv] of the query's dtype, lse [b, t, h])."""
+    """(out [b, t, h, dv] of the query's dtype unless exact, lse [b, t, h])."""
     q, v = operands.query, operands.value
     (b, t, h, _), dv, wide = q.shape, v.shape[3], accumulator(q.dtype)
+    dtype = wide if how.exact else q.dtype
     loop = _Loop.of(how, operands)
     queries = loop.rows_of(q)
 
@@ -69,13 +70,13 @@ def forward(how: How, operands: Operands) -> tuple[jax.Array, jax.Array]:
         some = total > 0
         total = jnp.where(some, total, 1)
         lse_i = jnp.where(some, top + jnp.log(total), -jnp.inf)
-        out = loop.put(out, place, (out_i / total).T.astype(q.dtype))
+        out = loop.put(out, place, (out_i / total).T.astype(dtype))
         return out, loop.put(lse, place, lse_i)
 
-    out = _bits(jnp.zeros((b, loop.t, h, dv), q.dtype))
+    out = _bits(jnp.zeros((b, loop.t, h, dv), dtype))
     lse = jnp.zeros((b, loop.t, h), wide)
     out, lse = loop.over_query_blocks(query_block, loop.vary((out, lse)))
-    return _values(out, q.dtype)[:, :t], lse[:, :t]
+    return _values(out, dtype)[:, :t], lse[:, :t]
 
 
 def gradients(how: How, operands: Operands, lse, dout, delta) -> tuple[Any, ...]:

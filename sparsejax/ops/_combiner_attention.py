@@ -6,6 +6,7 @@ from jaxtyping import Array, Shaped
 
 from sparsejax import attention as at
 from sparsejax._dispatch import Choice
+from sparsejax.ops._attention_arguments import check_heads
 from sparsejax.ops._block_sparse_attention import block_sparse_attention
 from sparsejax.ops._merge_attention import merge_attention
 
@@ -62,6 +63,7 @@ def combiner_attention(
     """
     if isinstance(size, bool) or not isinstance(size, int) or size < 1:
         raise ValueError(f"size: got {size!r}, needed a positive int")
+    check_heads(query, key, value)
     b, t, h, d = query.shape
     if key.shape[:2] != (b, t):
         raise ValueError(

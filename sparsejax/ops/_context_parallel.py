@@ -13,12 +13,9 @@ from jaxtyping import Array, Shaped
 from sparsejax import _dispatch
 from sparsejax._dispatch import Choice
 from sparsejax.attention import BlockMask
+from sparsejax.ops._attention_arguments import prepared
 from sparsejax.ops._attention_operands import Operands
-from sparsejax.ops._block_sparse_attention import (
-    attend,
-    call_gradients,
-    prepared,
-)
+from sparsejax.ops._block_sparse_attention import attend, call_gradients
 from sparsejax.ops._checks import accumulator
 from sparsejax.ops._exchange import AxisName
 from sparsejax.ops._merge_attention import merge_attention
@@ -248,7 +245,7 @@ def _ring(how, axis_name, *operands):
 
     def partial(step, k, v):
         piece, at_hand, cut_bias = _piece(how, axis_name, operands, step)
-        bias = cut_bias(operands.bias)
+        bias, piece = cut_bias(operands.bias), dataclasses.replace(piece, exact=True)
         out, lse = attend(piece, at_hand._replace(key=k, value=v, bias=bias))
         return out.astype(wide), lse
 
@@ -261,17 +258,21 @@ def _ring(how, axis_name, *operands):
     k, v = operands.key, operands.value
     carry = k, v, *partial(0, k, v)
     *_, out, lse = lax.fori_loop(jnp.int32(1), jnp.int32(size), body, carry)
-    return out.astype(operands.query.dtype), lse
+    return out.astype(wide if how.exact else operands.query.dtype), lse
 
 
 def _ring_fwd(how, axis_name, *operands):
-    out, lse = _ring(how, axis_name, *operands)
-    return (out, lse), (operands, out, lse)
+    biased = Operands(*operands).bias is not None
+    exact, lse = _ring(dataclasses.replace(how, exact=biased), axis_name, *operands)
+    out = exact.astype(operands[0].dtype)
+    return (out, lse), (operands, exact, lse)
 
 
 def _ring_bwd(how, axis_name, residuals, cotangents):
     operands, out, lse = residuals
-    gradients = _ring_gradients(how, axis_name, *operands, out, lse, *cotangents)
+    dout, dlse = cotangents
+    dout = dout.astype(operands[0].dtype)
+    gradients = _ring_gradients(how, axis_name, *operands, out, lse, dout, dlse)
     return *gradients, None, None
 
 

@@ -5,6 +5,7 @@ from jaxtyping import Array, Int, Shaped
 
 from sparsejax import attention as at
 from sparsejax._dispatch import Choice
+from sparsejax.ops._attention_arguments import check_heads
 from sparsejax.ops._block_sparse_attention import block_sparse_attention
 
 
@@ -79,6 +80,7 @@ def native_sparse_attention(
       Yuan et al., `Native Sparse Attention: Hardware-Aligned and Natively Trainable
       Sparse Attention <https://arxiv.org/abs/2502.11089>`_, 2025.
     """
+    check_heads(query, key, value)
     if gates.shape != (*query.shape[:3], 3):
         raise ValueError(
             f"gates: got shape {gates.shape}, needed {(*query.shape[:3], 3)}"

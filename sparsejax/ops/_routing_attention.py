@@ -5,6 +5,7 @@ from jaxtyping import Array, Shaped
 
 from sparsejax import attention as at
 from sparsejax._dispatch import Choice
+from sparsejax.ops._attention_arguments import check_heads
 from sparsejax.ops._block_sparse_attention import block_sparse_attention
 
 
@@ -62,6 +63,7 @@ def routing_attention(
       Roy et al., `Efficient Content-Based Sparse Attention with Routing Transformers
       <https://arxiv.org/abs/2003.05997>`_, 2020.
     """
+    check_heads(query, key, value)
     found = at.balanced_clusters(query, key, centroids, window=window)
     b, h, c, w = found.queries.shape
     at_queries, at_keys = (x.reshape(b, h, c * w) for x in found)

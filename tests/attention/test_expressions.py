@@ -46,7 +46,10 @@ EQUATIONS = {
 
 @pytest.mark.parametrize("name", EQUATIONS)
 def test_each_is_its_equation(name):
-    """As a mask, by blocks of three shapes, and shifted to a part of itself."""
+    """As a mask, by blocks of three shapes, and shifted to a part of itself.
+
+    LongT5's windows are whole blocks unless masked once more; cuDNN's look back alone.
+    """
     expr, mask = EQUATIONS[name]
     np.testing.assert_array_equal(expr.to_mask(T, S), mask)
     for block_shape in ((4, 4), (3, 5), (1, 16)):

@@ -46,6 +46,10 @@ def test_moba_budgets(budget, count):
 
 
 def test_moba_equals_the_rule_for_every_query():
+    """Inside jit, and for grouped heads, where the published code has neither.
+
+    FlexAttention has no mask of each row's best (attention-gym#92).
+    """
     query, key = oracle.heads(1, b=2)
     mask, stats = oracle.run(at.moba, query, key, block_shape=SHAPE, budget=3)
     kept = moba_rule(query, key, 3, SHAPE[1])
@@ -106,7 +110,7 @@ def test_moba_ties_go_to_the_lowest_block():
 def test_moba_needs_no_dense_array():
     """Lists for 64k tokens in panels of 1024 queries by 512 blocks.
 
-    A peer adds a mask of tokens by tokens to the logits: 4 GiB here.
+    MaxText adds a mask of tokens by tokens to the logits: 4 GiB here.
     """
     t, shape = 65_536, (1024, 128)
     x = jax.ShapeDtypeStruct((1, t, 1, 8), jnp.float32)
@@ -123,7 +127,10 @@ def test_moba_budgets_that_are_refused(budget):
 
 
 def nsa_rule(query, key, count, size, length, stride, initial, local):
-    """bool [b, g, t, nk] by compressed attention, summed over a group."""
+    """bool [b, g, t, nk] by compressed attention, summed over a group.
+
+    Probabilities, as published; lucidrains' has the mean of the group's logits.
+    """
     q = np.moveaxis(np.asarray(query, np.float64), 1, 2)
     k = np.moveaxis(np.asarray(key, np.float64), 1, 2)
     (b, h, t, d), g, s = q.shape, k.shape[1], k.shape[2]

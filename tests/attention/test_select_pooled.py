@@ -102,6 +102,10 @@ QUICK = ("three", "top-p", "threshold")
     [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in BUDGETS],
 )
 def test_equals_the_rule(name):
+    """Blocks of other sizes for queries than for keys, and few that are allowed.
+
+    MInference lists a fixed number and counts on those of the future to sort last.
+    """
     budget, rule = BUDGETS[name]
     query, key = oracle.heads(1, b=1)
     mask = oracle.lists(at.pooled_blocks, query, key, block_shape=SHAPE, budget=budget)

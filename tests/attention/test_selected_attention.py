@@ -58,7 +58,10 @@ def test_masks_made_inside_jit(name):
 
 @pytest.mark.slow
 def test_a_block_that_all_queries_choose():
-    """Six entries by key block, two by query block: gradients miss none of them."""
+    """Six entries by key block, two by query block: gradients miss none of them.
+
+    SeerAttention's, SpargeAttn's and MInference's kernels have no gradient at all.
+    """
     query, key = oracle.heads(12, b=1, t=24, s=24, h=2, g=1)
     query, key = query.at[..., 0].set(3.0), key.at[:, :4, :, 0].set(9.0)
     value, weights = value_of(13, s=24, g=1), value_of(14, s=24, g=2)
@@ -113,7 +116,10 @@ def test_straight_through_reaches_the_scores():
 
 @pytest.mark.slow
 def test_native_sparse_attention_is_three_branches():
-    """Groups of two heads: the published kernels want sixteen."""
+    """Groups of two heads, where fla's kernels want sixteen; three softmaxes.
+
+    The first queries are past no compressed key, and that branch of theirs is 0.
+    """
     query, key = oracle.heads(5, b=1)
     value = value_of(6)
     gates = jax.nn.sigmoid(
@@ -159,6 +165,7 @@ def test_native_sparse_attention_is_three_branches():
 @pytest.mark.slow
 @pytest.mark.parametrize("causal", [True, False])
 def test_routing_attention_is_the_mean_over_clusters(causal):
+    """Zero for a query in no cluster; Routing Transformer divides by 0 + 1e-5 there."""
     query, key = oracle.heads(8, b=1)
     value = value_of(9)
     means = np.random.default_rng(10).standard_normal((4, 3, 8))

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from sparsejax import attention as at
 from sparsejax import layers
@@ -341,6 +343,45 @@ def test_a_cache_is_of_the_layers_dtype():
     assert layers.init_kv_cache(spec, B, 8, dtype=jnp.float32).value.dtype == np.float32
     spec, _, _ = make(param_dtype=jnp.bfloat16)
     assert layers.init_kv_cache(spec, B, 8).key.dtype == jnp.bfloat16
+
+
+# ---- a mesh whose types say where arrays lie -----------------------------------------
+
+
+@pytest.mark.slow
+def test_selectors_statistics_and_decoding_over_explicit_axes():
+    """Kernels cut over both axes, one of which the batch has too; caches cut or not."""
+    spec, params, x = make(t=12, num_kv_heads=4, block_shape=(4, 4), rotary_base=100.0)
+    moba = functools.partial(at.moba, budget=2)
+    ids = jnp.asarray([[0] * 5 + [1] * 7, [0] * 12], jnp.int32)
+
+    def run(params, x, ids, caches):
+        seen = at.causal() & at.segments(ids)
+        same = ids[:, None, :, None] == ids[:, None, None]
+        apply = functools.partial(layers.apply_sparse_attention, spec, params)
+        decode = functools.partial(layers.decode_sparse_attention, spec, params)
+        y = apply(seen, x), apply(at.BlockMask.from_mask(same, (4, 4)), x)
+        chosen = apply(moba, x, return_stats=True)
+        steps = [
+            decode(mask, x[:, :3], cache)
+            for mask, cache in zip((at.causal(), moba), caches, strict=True)
+        ]
+        return y, chosen[0], chosen[1].recall, steps
+
+    table = jnp.asarray([[5, 1, 3], [2, 4, 0]], jnp.int32)
+    whole = layers.init_kv_cache(spec, B, 12)
+    paged = layers.init_kv_cache(spec, B, 12, page_table=table)
+    want = jax.jit(run)(params, x, ids, (paged, whole))
+    mesh = jax.make_mesh((2, 4), ("data", "heads"), axis_types=(AxisType.Explicit,) * 2)
+    place = lambda a, *spec: jax.device_put(a, NamedSharding(mesh, P(*spec)))
+    specs = dict.fromkeys(("query", "key", "value"), ("data", "heads"))
+    specs |= {"out": ("heads", None, "data"), "out_bias": ("data",)}
+    with jax.set_mesh(mesh):
+        cut = {name: place(a, *specs.get(name, ())) for name, a in params.items()}
+        whole = jax.tree.map(lambda a: place(a, "data"), whole)
+        got = jax.jit(run)(cut, place(x, "data"), place(ids, "data"), (paged, whole))
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
 # ---- refusals ----------------------------------------------------------------------

@@ -100,6 +100,7 @@ def documents(t, s, block, dtype, b=1, h=2, h_kv=1, d=64, dv=64):
 CASES = {
     "window": lambda: window(40, 40, (16, 8)),
     "random": lambda: random(40, 56, (16, 8), "float32", cap=1.5, biased=True),
+    # Of which FlexAttention's code for a CPU does not compile.
     "whole_blocks": lambda: whole_blocks(50, 44, (8, 8), "bfloat16", biased=True),
     "longer_keys": lambda: window(24, 70, (8, 16), "bfloat16", h=2, dv=16),
     "longer_queries": lambda: window(70, 24, (8, 16), width=9),
@@ -209,18 +210,24 @@ def low(made, *args):
 
 
 def check(got, want, plain):
-    """All six, where lse is -inf of the same rows."""
-    for n, (out, reference, rounded) in enumerate(zip(got, want, plain, strict=True)):
+    """All six, where lse is -inf of the same rows.
+
+    The gradient of a bias too, in 16 bits, of XLA: from ``dout . out`` of an out that
+    is not rounded. Of kernels no case has one, since theirs is of rounded exponentials:
+    ``dz = p (dp - dout . out)`` then has a sum over its row that is not 0, as it is by
+    construction in the dense formula's softmax, which rounds dp alone, each on its own.
+    A sum over a block adds up the former and averages out the latter: 8 times the dense
+    error was seen, 0.2% of the greatest sum. The kernels' own tests hold their sums to
+    the rule, given the exact ``dout . out``.
+    """
+    for out, reference, rounded in zip(got, want, plain, strict=True):
         if reference is None:
             assert out is None
             continue
-        # A rounded out, times dout, is in each dz of its row; a bias gets their sum.
-        of_bias = n == 5 and got[0].dtype.itemsize == 2
         empty = reference == -np.inf
         np.testing.assert_array_equal(f64(out) == -np.inf, empty)
         finite = lambda a, empty=empty: np.where(empty, 0, f64(a))
-        eps = 2**-8 if of_bias else 1e-6
-        assert_close(finite(out), finite(reference), finite(rounded), eps=eps)
+        assert_close(finite(out), finite(reference), finite(rounded))
 
 
 # What named implementations refuse of the cases; anything else must be served.
@@ -251,6 +258,11 @@ def how_often(implementation, name):
     ],
 )
 def test_value_and_gradients(implementation, name):
+    """Forward and backward, on a CPU too: FlexAttention has no backward there.
+
+    Nor have tokamax's flex_attention, SpargeAttn and MInference anywhere, nor jax's
+    kernels for decoding, nor its Hopper kernel under a causal mask.
+    """
     made, args = case(name), arrays(name)
     fn = functools.partial(
         block_sparse_attention, implementation=choice(implementation)
@@ -500,6 +512,7 @@ def test_batch_and_heads_over_devices(kind):
         ("ring", "over_devices"),
         pytest.param("gather", "over_devices", marks=pytest.mark.slow),
         pytest.param("ring", "causal_over_devices", marks=pytest.mark.slow),
+        pytest.param("ring", "over_devices_in_16_bits", marks=pytest.mark.slow),
     ],
 )
 def test_sequence_over_devices(exchange, name):
@@ -549,6 +562,9 @@ def test_second_derivatives_over_devices():
 CASES["over_devices"] = lambda: random(
     32, 64, (8, 8), "float32", cap=2.0, biased=True, mask_h=2
 )
+CASES["over_devices_in_16_bits"] = lambda: random(
+    32, 64, (8, 8), "bfloat16", biased=True, mask_h=2
+)
 CASES["causal_over_devices"] = lambda: window(64, 64, (8, 16), width=30)
 
 
@@ -556,7 +572,10 @@ CASES["causal_over_devices"] = lambda: window(64, 64, (8, 16), width=30)
 
 
 def test_rows_without_keys_are_zero_not_nan_nor_the_mean_of_values():
-    """Splash: NaN where a query block lists nothing, the mean of v in a visited one."""
+    """Splash: NaN where a query block lists nothing, the mean of v in a visited one.
+
+    tokamax's dynamic mask: NaN too; S2-Attention: NaN without the diagonal.
+    """
     allowed = np.ones((12, 12), bool)
     allowed[2], allowed[4:8] = False, False  # a row of a visited block, a block
     mask = at.BlockMask.from_mask(jnp.asarray(allowed), (4, 4))
@@ -589,7 +608,10 @@ def test_no_key_at_all():
 
 
 def test_pages_are_keys_in_any_order_and_decoding_compiles_once():
-    """A cache that grows: same program at every length, and equal to all keys."""
+    """A cache that grows: same program at every length, and equal to all keys.
+
+    FlexAttention compiles again as the length changes; splash has no pages.
+    """
     rng, size, block = np.random.default_rng(2), 24, 4
     draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), "float32")
     keys, values, queries = (
@@ -632,7 +654,10 @@ def test_pages_are_keys_in_any_order_and_decoding_compiles_once():
 
 @pytest.mark.slow
 def test_gradients_of_pages_that_members_share():
-    """A common beginning of two sequences in one page: its gradients are summed."""
+    """A common beginning of two sequences in one page: its gradients are summed.
+
+    jax's paged_attention has a forward alone.
+    """
     made, (q, k, v, bias, dout, dlse) = case("paged"), arrays("paged")
     table = jnp.asarray([[3, 0, 1], [3, 2, 4]], "int32")
     pages = lambda a: (
@@ -693,7 +718,10 @@ def test_merge_is_attention_over_the_union():
 
 
 def test_memory_does_not_grow_with_the_square_of_the_length():
-    """Under 100 MiB at 4096 positions and 8 heads, both ways; dense takes 2056."""
+    """Under 100 MiB at 4096 positions and 8 heads, both ways; dense takes 2056.
+
+    jax.nn.dot_product_attention takes that for a window too, MaxText for MoBA's blocks.
+    """
     shape = jax.ShapeDtypeStruct((1, 4096, 8, 64), jnp.float32)
     mask = at.block_mask(at.causal() & at.sliding_window(512), 4096, 4096)
     loss = lambda *a: jnp.sum(block_sparse_attention(*a, mask, implementation="xla"))
