@@ -11,8 +11,10 @@ budget is a number of blocks per query block (an int), their share of all (a flo
 be attended at all, ``causal`` unless given, ``offset`` where the first query stands
 among the keys. Nothing in a selection has a gradient, but by name: of scores
 `list_scores` and `straight_through` make a bias of the operator; a learned gate is
-taught `attention_block_probabilities`. Call selectors inside jit, where statistics that
-nobody uses, such as the recall, are not computed.
+taught `attention_block_probabilities`. The statistics are the budget as realized
+(density), the attention that is kept (recall) and the blocks that are computed (work).
+Call selectors inside jit, where what nobody uses of them, such as the recall, is not
+computed.
 """
 
 from sparsejax.attention._block_mask import BlockMask as BlockMask

@@ -53,7 +53,8 @@ def moba(
 
     Returns:
       A ``BlockMask`` of ``[b, h, nq, ...]`` lists, ties to the lowest index, and a
-      ``BlockStats``, whose density is that of the union. No gradients.
+      ``BlockStats``: its density is that of the queries' own choices, within the
+      budget, its work that of the union. No gradients.
 
     Raises:
       ValueError: Shapes or dtypes do not fit; a budget of 0, a share above 1, or one

@@ -16,7 +16,7 @@ from sparsejax.attention._selection import (
     prepare,
 )
 from sparsejax.attention._softmax import softmax_over
-from sparsejax.attention._stats import BlockStats, block_stats
+from sparsejax.attention._stats import BlockStats, block_stats, key_density
 
 
 def vertical_slash(
@@ -63,7 +63,8 @@ def vertical_slash(
 
     Returns:
       A ``BlockMask`` of ``[b, h, nq, ...]`` lists, ties to the lowest index, and a
-      ``BlockStats``. No gradients.
+      ``BlockStats``, whose density is that of the keys on a query's lines, at most
+      ``(vertical + slash block_k) / s``. No gradients.
 
     Raises:
       ValueError: Shapes or dtypes do not fit; a budget or ``last`` is below 1.
@@ -137,7 +138,15 @@ def vertical_slash(
         expr=expr & (chosen_keys(keys) | chosen_blocks(choices, bk)),
         capacity=capacity,
     )
-    return mask, block_stats(query, key, mask, expr, overflow=overflow, scale=scale)
+    return mask, block_stats(
+        query,
+        key,
+        mask,
+        expr,
+        density=key_density(mask, query.shape[2]),
+        overflow=overflow,
+        scale=scale,
+    )
 
 
 def _map_of(index, n):

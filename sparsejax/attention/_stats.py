@@ -13,20 +13,27 @@ from sparsejax.attention._softmax import softmax_over
 
 
 class BlockStats(NamedTuple):
-    """How much a chosen mask computes, and how much of the attention it keeps.
+    """How much a selection gives each query, keeps of the attention, and computes.
 
     Attributes:
-      density: float32 ``[b, h]``, listed blocks over all blocks.
+      density: float32 ``[b, h]``, the share of the sequence that a query was given, the
+        mean over the queries, in the unit of the selector's budget: key blocks, where
+        blocks are chosen, for a block of queries or for each of them; keys, where
+        single keys are (`vertical_slash`, `sample_attention`, `routing`).
       recall: float32 ``[b, h]``, share of dense attention's probability on the allowed
         elements, the mean over the queries: ``exp(lse_masked - lse_dense)``. A query
         that dense attention leaves empty too loses nothing and counts as 1. It costs
         the products of dense attention; under jit it is not computed unless used.
       overflow: int32 ``[b, h]``, blocks that were wanted beyond the capacity.
+      work: float32 ``[b, h]``, listed blocks over all blocks: what the operator
+        computes. The same as ``density`` where a block of queries chooses as one; where
+        each query does, that of all their choices together.
     """
 
     density: Any
     recall: Any
     overflow: Any
+    work: Any
 
 
 def block_stats(
@@ -35,6 +42,7 @@ def block_stats(
     mask: BlockMask,
     dense: Expression,
     *,
+    density: Float[Array, "_b _h"] | None = None,
     overflow: Int[Array, "_b _h"] | None = None,
     scale: float | None = None,
 ) -> BlockStats:
@@ -52,6 +60,7 @@ def block_stats(
       key: ``[b, s, h_kv, d]``.
       mask: The selection. What it allows outside ``dense`` counts for nothing.
       dense: What dense attention allows.
+      density: Handed on; None: listed blocks over all blocks, as ``work``.
       overflow: Handed on; None: zeros.
       scale: Of the logits; None: ``d ** -0.5``.
 
@@ -78,10 +87,27 @@ def block_stats(
         return jnp.where(panel.queries, share, 0.0).sum(axis=-1)
 
     recall = _over_panels(kept, query, key, mask, dense, scale).sum(axis=0) / t
-    counts = mask.kv_cnt.astype(jnp.float32).mean(axis=-1) / nk
+    work = mask.kv_cnt.astype(jnp.float32).mean(axis=-1) / nk
+    density = work if density is None else density
     lost = jnp.zeros((1, 1), jnp.int32) if overflow is None else overflow
-    density, lost = (jnp.broadcast_to(to_heads(x, h), (b, h)) for x in (counts, lost))
-    return BlockStats(density, recall, lost)
+    density, lost, work = (
+        jnp.broadcast_to(to_heads(x, h), (b, h)) for x in (density, lost, work)
+    )
+    return BlockStats(density, recall, lost, work)
+
+
+def key_density(mask: BlockMask, heads: int) -> Float[Array, "_b heads"]:
+    """Share of the keys that a query may attend, the mean over the queries."""
+    (t, s), bq = mask.shape, mask.block_shape[0]
+    elements = _mask_panels(mask, heads)
+
+    def share(index):
+        queries = index * bq + jnp.arange(bq) < t
+        allowed = elements(index) & queries[:, None]
+        return allowed.astype(jnp.float32).sum(axis=(-2, -1))
+
+    total = jax.lax.map(share, jnp.arange(mask.grid[0])).sum(axis=0)
+    return total / (t * s)
 
 
 def attention_block_probabilities(
@@ -183,7 +209,7 @@ class _Panel(NamedTuple):
 
 def _over_panels(fn, query, key, mask, dense, scale):
     """``fn`` of each block of queries, stacked in front."""
-    (t, s), (bq, bk) = mask.shape, mask.block_shape
+    (t, s), bq = mask.shape, mask.block_shape[0]
     b, _, h, d = query.shape
     g = key.shape[2]
     scale = d**-0.5 if scale is None else scale
@@ -191,10 +217,7 @@ def _over_panels(fn, query, key, mask, dense, scale):
     query = jnp.pad(query, ((0, 0), (0, n * bq - t), (0, 0), (0, 0)))
     query = query.reshape(b, n, bq, g, h // g, d).astype(jnp.float32)
     key = key.astype(jnp.float32)
-    allows = _element_panels(dense, t, s, bq, h)
-    chosen = _element_panels(mask.expr, t, s, bq, h)
-    blocks = to_heads(mask.to_blocks(), h)
-    full = to_heads(mask._spread(mask._valid() & mask.kv_full), h)
+    allows, chosen = _element_panels(dense, t, s, bq, h), _mask_panels(mask, h)
 
     def panel(x):
         index, q = x
@@ -203,12 +226,23 @@ def _over_panels(fn, query, key, mask, dense, scale):
         )
         logits = logits.reshape(b, h, bq, s) * scale
         allowed = allows(index)
-        wide = lambda x: jnp.repeat(x[:, :, index, None], bk, axis=-1)[..., :s]
-        listed = wide(blocks) & (wide(full) | chosen(index))
         queries = index * bq + jnp.arange(bq) < t
-        return fn(_Panel(logits, allowed, listed & allowed, queries))
+        return fn(_Panel(logits, allowed, chosen(index) & allowed, queries))
 
     return jax.lax.map(panel, (jnp.arange(n), jnp.moveaxis(query, 1, 0)))
+
+
+def _mask_panels(mask, h):
+    """A function from the number of a block of queries to what the mask allows."""
+    (t, s), (bq, bk) = mask.shape, mask.block_shape
+    inside = _element_panels(mask.expr, t, s, bq, h)
+    listed, full = (to_heads(x, h) for x in (mask.to_blocks(), mask.full_blocks()))
+
+    def allows(index):
+        wide = lambda x: jnp.repeat(x[:, :, index, None], bk, axis=-1)[..., :s]
+        return wide(listed) & (wide(full) | inside(index))
+
+    return allows
 
 
 def _element_panels(expr, t, s, bq, h):
