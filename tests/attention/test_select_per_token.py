@@ -92,6 +92,8 @@ def test_moba_capacity_keeps_what_most_queries_chose():
     assert lost.any()
     np.testing.assert_array_equal(mask.to_blocks(), blocks)
     np.testing.assert_array_equal(stats.overflow, lost)
+    given = kept & np.repeat(blocks, 4, axis=2)[:, :, :T]
+    np.testing.assert_allclose(stats.density, given.mean((-2, -1)), rtol=1e-6)
 
 
 def test_moba_ties_go_to_the_lowest_block():

@@ -136,7 +136,8 @@ def test_density_is_the_budget_and_recall_the_dense_truth(name):
 def test_density_of_what_a_query_may_not_see_is_not_counted():
     """MoBA in documents of 5: of its two blocks those with a key of its own document.
 
-    Queries 5 to 7 of the second document share the block of keys 4 to 7 with the first.
+    All queries are one block: what the first document's chose is listed for the
+    second's too.
     """
     ids = jnp.array([0] * 5 + [1] * 5)
     query, key = oracle.heads(3, b=1, t=10, s=10, h=1, g=1)
@@ -144,7 +145,7 @@ def test_density_of_what_a_query_may_not_see_is_not_counted():
         at.moba,
         query,
         key,
-        block_shape=(5, 4),
+        block_shape=(10, 4),
         budget=2,
         expr=at.causal() & at.segments(ids),
     )
