@@ -49,6 +49,7 @@ from sparsejax.attention._plots import plot_block_mask as plot_block_mask
 from sparsejax.attention._plots import plot_heads as plot_heads
 from sparsejax.attention._select_double import double_sparsity as double_sparsity
 from sparsejax.attention._select_double import label_channels as label_channels
+from sparsejax.attention._select_flex import flex_prefill as flex_prefill
 from sparsejax.attention._select_moba import moba as moba
 from sparsejax.attention._select_nsa import NsaCompression as NsaCompression
 from sparsejax.attention._select_nsa import nsa as nsa
@@ -62,6 +63,7 @@ from sparsejax.attention._select_routing import balanced_clusters as balanced_cl
 from sparsejax.attention._select_routing import routing as routing
 from sparsejax.attention._select_routing import update_centroids as update_centroids
 from sparsejax.attention._select_s2 import s2_shards as s2_shards
+from sparsejax.attention._select_sample import sample_attention as sample_attention
 from sparsejax.attention._select_seer import SeerGate as SeerGate
 from sparsejax.attention._select_seer import seer as seer
 from sparsejax.attention._select_seer import seer_init as seer_init
@@ -78,6 +80,7 @@ from sparsejax.attention._select_sparsifiner import (
 )
 from sparsejax.attention._select_twilight import twilight as twilight
 from sparsejax.attention._select_vertical_slash import vertical_slash as vertical_slash
+from sparsejax.attention._select_xattention import xattention as xattention
 from sparsejax.attention._stats import BlockStats as BlockStats
 from sparsejax.attention._stats import (
     attention_block_probabilities as attention_block_probabilities,
@@ -109,6 +112,7 @@ __all__ = [
     "dilated",
     "double_sparsity",
     "everything",
+    "flex_prefill",
     "from_array",
     "from_function",
     "global_tokens",
@@ -131,6 +135,7 @@ __all__ = [
     "reuse",
     "routing",
     "s2_shards",
+    "sample_attention",
     "seer",
     "seer_init",
     "seer_logits",
@@ -147,4 +152,5 @@ __all__ = [
     "twilight",
     "update_centroids",
     "vertical_slash",
+    "xattention",
 ]

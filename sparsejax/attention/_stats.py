@@ -1,5 +1,6 @@
 """Dense attention as selectors are measured by: panel by panel, never T x T."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -106,7 +107,8 @@ def key_density(mask: BlockMask, heads: int) -> Float[Array, "_b heads"]:
         allowed = elements(index) & queries[:, None]
         return allowed.astype(jnp.float32).sum(axis=(-2, -1))
 
-    total = jax.lax.map(share, jnp.arange(mask.grid[0])).sum(axis=0)
+    index = jnp.arange(mask.grid[0], dtype=jnp.int32)
+    total = jax.lax.map(share, index).sum(axis=0)
     return total / (t * s)
 
 
@@ -217,7 +219,7 @@ def _over_panels(fn, query, key, mask, dense, scale):
     query = jnp.pad(query, ((0, 0), (0, n * bq - t), (0, 0), (0, 0)))
     query = query.reshape(b, n, bq, g, h // g, d).astype(jnp.float32)
     key = key.astype(jnp.float32)
-    allows, chosen = _element_panels(dense, t, s, bq, h), _mask_panels(mask, h)
+    allows, chosen = element_rows(dense, t, s, h), _mask_panels(mask, h)
 
     def panel(x):
         index, q = x
@@ -225,52 +227,52 @@ def _over_panels(fn, query, key, mask, dense, scale):
             "bqgrd,bsgd->bgrqs", q, key, precision=jax.lax.Precision.HIGHEST
         )
         logits = logits.reshape(b, h, bq, s) * scale
-        allowed = allows(index)
-        queries = index * bq + jnp.arange(bq) < t
+        i = index * bq + jnp.arange(bq, dtype=jnp.int32)
+        allowed, queries = allows(i), i < t
         return fn(_Panel(logits, allowed, chosen(index) & allowed, queries))
 
-    return jax.lax.map(panel, (jnp.arange(n), jnp.moveaxis(query, 1, 0)))
+    index = jnp.arange(n, dtype=jnp.int32)
+    return jax.lax.map(panel, (index, jnp.moveaxis(query, 1, 0)))
 
 
 def _mask_panels(mask, h):
     """A function from the number of a block of queries to what the mask allows."""
     (t, s), (bq, bk) = mask.shape, mask.block_shape
-    inside = _element_panels(mask.expr, t, s, bq, h)
+    inside = element_rows(mask.expr, t, s, h)
     listed, full = (to_heads(x, h) for x in (mask.to_blocks(), mask.full_blocks()))
 
     def allows(index):
         wide = lambda x: jnp.repeat(x[:, :, index, None], bk, axis=-1)[..., :s]
-        return wide(listed) & (wide(full) | inside(index))
+        i = index * bq + jnp.arange(bq, dtype=jnp.int32)
+        return wide(listed) & (wide(full) | inside(i))
 
     return allows
 
 
-def _element_panels(expr, t, s, bq, h):
-    """A function from the number of a block of queries to what expr allows there."""
+def element_rows(
+    expr: Expression | None, t: int, s: int, h: int
+) -> Callable[[Int[Array, " n"]], Bool[Array, "_b _h n s"]]:
+    """A function from queries to what an expression allows them."""
     if expr is None:
-        return lambda index: jnp.ones((1, 1, bq, s), bool)
+        return lambda i: jnp.ones((1, 1, len(i), s), bool)
     lowered = expr.lower(t, s)
-    pad = lambda x, axis: jnp.pad(
-        x, [(0, -t % bq if k == axis else 0) for k in range(x.ndim)]
-    )
-    rows = [pad(to_heads(x, h), 2) for x in lowered.rows]
-    dense = [pad(to_heads(x, h), 2) for x in lowered.dense]
+    rows = [to_heads(x, h) for x in lowered.rows]
+    dense = [to_heads(x, h) for x in lowered.dense]
     cols = tuple(to_heads(x, h)[:, :, None, :] for x in lowered.cols)
     scalars = tuple(to_heads(x, h)[:, :, None, None] for x in lowered.scalars)
     j = jnp.arange(s, dtype=jnp.int32)[None, :]
 
-    def allows(index):
-        cut = lambda x: jax.lax.dynamic_slice_in_dim(x, index * bq, bq, axis=2)
-        i = (index * bq + jnp.arange(bq, dtype=jnp.int32))[:, None]
+    def allows(i):
+        cut = lambda x: jnp.take(x, i, axis=2, mode="clip")
         ok = lowered.predicate(
-            i,
+            i[:, None],
             j,
             tuple(cut(x)[..., None] for x in rows),
             cols,
             scalars,
             tuple(cut(x) for x in dense),
         )
-        return jnp.broadcast_to(ok, (*(1,) * (4 - ok.ndim), *ok.shape[:-2], bq, s))
+        return jnp.broadcast_to(ok, (*(1,) * (4 - ok.ndim), *ok.shape[:-2], len(i), s))
 
     return allows
 

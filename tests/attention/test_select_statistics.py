@@ -98,13 +98,23 @@ CASES = {
     "sparsifiner": case("sparsifiner", blocks(3), budget=3, after=[predicted]),
     "sparsed": case("sparsed", parts(1, 3), budget=4, prompt=6),
     "s2_shards": case("s2_shards", shards(2, 5), local=2, stride=5),
+    "xattention": case(
+        "xattention",
+        np.minimum(SEEN, np.maximum(3, OWN + (np.arange(NQ) * 4 >= 3))),
+        budget=3,
+        stride=1,
+    ),
+    "flex_prefill": case("flex_prefill", alpha=0.6, last=5),
+    "sample_attention": case(
+        "sample_attention", dense=EVERY, alpha=0.6, window=3, stride=4
+    ),
     "twilight": Case(twilight, None, CAUSAL),
     "routing": case("routing", dense=EVERY, after=[centroids]),
     "vertical_slash": case(
         "vertical_slash", dense=EVERY, vertical=3, slash=1, last=5, initial=1
     ),
 }
-BY_KEYS = ("routing", "vertical_slash")
+BY_KEYS = ("routing", "sample_attention", "vertical_slash")
 QUICK = ("moba", "s2_shards", "vertical_slash")
 
 
