@@ -81,6 +81,7 @@ from sparsejax.attention._select_sparsifiner import (
 from sparsejax.attention._select_twilight import twilight as twilight
 from sparsejax.attention._select_vertical_slash import vertical_slash as vertical_slash
 from sparsejax.attention._select_xattention import xattention as xattention
+from sparsejax.attention._statistical import statistical_top_k as statistical_top_k
 from sparsejax.attention._stats import BlockStats as BlockStats
 from sparsejax.attention._stats import (
     attention_block_probabilities as attention_block_probabilities,
@@ -147,6 +148,7 @@ __all__ = [
     "sparsifiner",
     "sparsifiner_init",
     "sparsifiner_logits",
+    "statistical_top_k",
     "straight_through",
     "strided",
     "twilight",

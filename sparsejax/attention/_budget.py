@@ -210,7 +210,8 @@ def _wanted(scores, allowed, forced, budget, block_k, most_forced):
     if isinstance(budget, Threshold):
         return forced | (probs > jnp.asarray(budget.value, jnp.float32))
     if isinstance(budget, GaussianTopK):
-        return forced | _above_quantile(scores, allowed, budget.count)
+        real = allowed & (scores > -jnp.inf)
+        return forced | (real & (scores > gaussian_bound(scores, real, budget.count)))
     rank_by = jnp.where(allowed, jnp.where(forced, jnp.inf, scores), -jnp.inf)
     if isinstance(budget, TopP):
         return forced | fewest(probs, budget.p, rank_by)
@@ -244,16 +245,23 @@ def fewest(
     return _at(keep & (value > -jnp.inf), order, share.shape[-1])
 
 
-def _above_quantile(scores, allowed, count):
-    """Scores above the quantile of a Gaussian that leaves ``count`` of them above."""
-    real = allowed & (scores > -jnp.inf)
+def gaussian_bound(
+    x: Float[Array, "*axes"], real: Bool[Array, "..."], count: int
+) -> Float[Array, "..."]:
+    """The quantile of a Gaussian that leaves ``count`` of the real entries above it.
+
+    Over the last axis, which stays with size 1; -inf where there are not more of them.
+    """
     n = real.sum(axis=-1, keepdims=True).astype(jnp.float32)
     total = lambda x: jnp.where(real, x, 0.0).sum(axis=-1, keepdims=True)
-    mean = total(scores) / jnp.maximum(n, 1.0)
-    deviation = jnp.sqrt(total((scores - mean) ** 2) / jnp.maximum(n - 1, 1.0))
+    mean = total(x) / jnp.maximum(n, 1.0)
+    # Squares of what is real alone: an infinity elsewhere must not reach a gradient.
+    variance = total((jnp.where(real, x, mean) - mean) ** 2) / jnp.maximum(n - 1, 1.0)
+    spread = variance > 0
+    deviation = jnp.where(spread, jnp.sqrt(jnp.where(spread, variance, 1.0)), 0.0)
     share = jnp.clip(1 - count / jnp.maximum(n, 1.0), 1e-6, 1.0)
     bound = mean + deviation * jax.scipy.special.ndtri(share)
-    return real & ((scores > bound) | (n <= count))
+    return jnp.where(n > count, bound, -jnp.inf)
 
 
 def _at(value, order, nk):
