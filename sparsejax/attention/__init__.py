@@ -37,6 +37,9 @@ from sparsejax.attention._function import from_function as from_function
 from sparsejax.attention._hooks import list_scores as list_scores
 from sparsejax.attention._hooks import straight_through as straight_through
 from sparsejax.attention._lowering import Lowered as Lowered
+from sparsejax.attention._pages import PageSummary as PageSummary
+from sparsejax.attention._pages import summarize_pages as summarize_pages
+from sparsejax.attention._pages import update_pages as update_pages
 from sparsejax.attention._patterns import block_diagonal as block_diagonal
 from sparsejax.attention._patterns import dilated as dilated
 from sparsejax.attention._patterns import global_tokens as global_tokens
@@ -97,6 +100,7 @@ __all__ = [
     "GaussianTopK",
     "Lowered",
     "NsaCompression",
+    "PageSummary",
     "SeerGate",
     "Threshold",
     "Tokens",
@@ -151,8 +155,10 @@ __all__ = [
     "statistical_top_k",
     "straight_through",
     "strided",
+    "summarize_pages",
     "twilight",
     "update_centroids",
+    "update_pages",
     "vertical_slash",
     "xattention",
 ]
