@@ -22,7 +22,7 @@ Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 
 
 def make_attend(config: Any, implementation: str | None) -> Attend | None:
-    """What a configuration asks for; it tells its density. None: dense attention."""
+    """What a configuration asks for; it tells its work. None: dense attention."""
     if config.attention == "dense":
         return None
     sides = config.attention_block, config.attention_block
@@ -35,7 +35,7 @@ def make_attend(config: Any, implementation: str | None) -> Attend | None:
             budget=config.budget,
         )
     # Recall would cost as much as dense attention: what is not told is not computed.
-    return attend_by(select, lambda stats: stats.density.mean(), implementation)
+    return attend_by(select, lambda stats: stats.work.mean(), implementation)
 
 
 def attend_by(

@@ -3,7 +3,8 @@ r"""How much of attention can be left out: selectors by budgets on a trained mod
 After "The Sparse Frontier": a language model is trained with full attention, then
 validated with only the blocks that a selector keeps. The loss, and the share of full
 attention's probability on what is kept (recall), over the share of blocks that are
-computed. The commands, from the repository's root:
+computed: ``BlockStats.work``, not its ``density``, which for MoBA is what each query
+chose of them. The commands, from the repository's root:
 
     python examples/sparse_attention_tradeoffs.py      # stop at any time, run again
 
@@ -136,13 +137,13 @@ def validate(run: Any, select: Select, batches: list[np.ndarray]) -> dict[str, A
         logits, _, stats = nnx.merge(graphdef, params, rest)(tokens[:, :-1])
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
         means = lambda x: x.mean(axis=1)  # over sequences: (layers, heads)
-        return loss.mean() / math.log(2), means(stats.density), means(stats.recall)
+        return loss.mean() / math.log(2), means(stats.work), means(stats.recall)
 
     found = [jax.device_get(program(run.state.params, batch)) for batch in batches]
-    loss, density, recall = (np.stack(x) for x in zip(*found, strict=True))
+    loss, work, recall = (np.stack(x) for x in zip(*found, strict=True))
     return {
         "loss": loss.tolist(),  # of each sequence
-        "density": density.mean(axis=0).tolist(),  # by layer and head
+        "work": work.mean(axis=0).tolist(),  # by layer and head
         "recall": recall.mean(axis=0).tolist(),
     }
 
@@ -154,7 +155,7 @@ def describe(row: dict[str, Any]) -> str:
     """One line while it runs."""
     return (
         f"{label(row)}: {np.mean(row['loss']):.4f} bits per byte, "
-        f"{np.mean(row['density']):.1%} of the blocks, recall "
+        f"{np.mean(row['work']):.1%} of the blocks, recall "
         f"{np.mean(row['recall']):.3f}"
     )
 
@@ -174,14 +175,14 @@ def table(rows: list[dict[str, Any]]) -> list[tuple[str, ...]]:
     head = "attention", "blocks", "of full", "recall", "least head", "bits per byte"
     lines = [(*head, "above full")]
     for row in rows:
-        density, recall = np.array(row["density"]), np.array(row["recall"])
+        work, recall = np.array(row["work"]), np.array(row["recall"])
         above = np.array(row["loss"]) - full["loss"]  # by sequence
         error = np.std(above, ddof=1) / len(above) ** 0.5 if len(above) > 1 else 0.0
         lines.append(
             (
                 label(row),
-                f"{density.mean():.1%}",
-                f"{density.mean() / np.mean(full['density']):.1%}",
+                f"{work.mean():.1%}",
+                f"{work.mean() / np.mean(full['work']):.1%}",
                 f"{recall.mean():.3f}",
                 f"{recall.min():.3f}",
                 f"{np.mean(row['loss']):.4f}",
@@ -233,8 +234,8 @@ def plot(rows: list[dict[str, Any]], path: pathlib.Path) -> None:
     full, names = rows[0], dict.fromkeys(row["selector"] for row in rows[1:])
     for name, color, marker in zip(names, COLORS * 9, "osD^vP" * 9, strict=False):
         of_name = [row for row in rows if row["selector"] == name]
-        of_name.sort(key=lambda row: np.mean(row["density"]))
-        x = [np.mean(r["density"]) / np.mean(full["density"]) for r in of_name]
+        of_name.sort(key=lambda row: np.mean(row["work"]))
+        x = [np.mean(r["work"]) / np.mean(full["work"]) for r in of_name]
         above = [np.mean(r["loss"]) - np.mean(full["loss"]) for r in of_name]
         recall = [np.mean(r["recall"]) for r in of_name]
         style = dict(color=color, marker=marker, markersize=5, linewidth=1.4)

@@ -650,11 +650,11 @@ TRADED = (
 
 
 def test_table_of_tradeoffs():
-    row = lambda selector, budget, loss, density, recall: {
+    row = lambda selector, budget, loss, work, recall: {
         "selector": selector,
         "budget": budget,
         "loss": loss,
-        "density": [[density, density]],
+        "work": [[work, work]],
         "recall": [[recall, 1.0]],
     }
     rows = [
@@ -704,8 +704,8 @@ def test_tradeoffs_killed_and_run_again_are_the_same(text, tmp_path, monkeypatch
     ]
     full, one, three, *_ = whole
     # Rows of 1, 2 and 3 of three blocks; a window of 8: of 1, 2 and 2; of 24: all.
-    for row, density in ((full, 6 / 9), (one, 5 / 9), (three, 6 / 9)):
-        np.testing.assert_allclose(row["density"], np.full((2, 2), density), rtol=1e-6)
+    for row, work in ((full, 6 / 9), (one, 5 / 9), (three, 6 / 9)):
+        np.testing.assert_allclose(row["work"], np.full((2, 2), work), rtol=1e-6)
     assert np.shape(full["loss"]) == (2,) and np.mean(one["recall"]) < 1
     for row in (full, three, whole[-1]):
         np.testing.assert_allclose(row["loss"], full["loss"], rtol=1e-5)

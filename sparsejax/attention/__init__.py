@@ -11,8 +11,10 @@ budget is a number of blocks per query block (an int), their share of all (a flo
 be attended at all, ``causal`` unless given, ``offset`` where the first query stands
 among the keys. Nothing in a selection has a gradient, but by name: of scores
 `list_scores` and `straight_through` make a bias of the operator; a learned gate is
-taught `attention_block_probabilities`. Call selectors inside jit, where statistics that
-nobody uses, such as the recall, are not computed.
+taught `attention_block_probabilities`. The statistics are the budget as realized
+(density), the attention that is kept (recall) and the blocks that are computed (work).
+Call selectors inside jit, where what nobody uses of them, such as the recall, is not
+computed.
 """
 
 from sparsejax.attention._block_mask import BlockMask as BlockMask
@@ -35,6 +37,9 @@ from sparsejax.attention._function import from_function as from_function
 from sparsejax.attention._hooks import list_scores as list_scores
 from sparsejax.attention._hooks import straight_through as straight_through
 from sparsejax.attention._lowering import Lowered as Lowered
+from sparsejax.attention._pages import PageSummary as PageSummary
+from sparsejax.attention._pages import summarize_pages as summarize_pages
+from sparsejax.attention._pages import update_pages as update_pages
 from sparsejax.attention._patterns import block_diagonal as block_diagonal
 from sparsejax.attention._patterns import dilated as dilated
 from sparsejax.attention._patterns import global_tokens as global_tokens
@@ -47,6 +52,7 @@ from sparsejax.attention._plots import plot_block_mask as plot_block_mask
 from sparsejax.attention._plots import plot_heads as plot_heads
 from sparsejax.attention._select_double import double_sparsity as double_sparsity
 from sparsejax.attention._select_double import label_channels as label_channels
+from sparsejax.attention._select_flex import flex_prefill as flex_prefill
 from sparsejax.attention._select_moba import moba as moba
 from sparsejax.attention._select_nsa import NsaCompression as NsaCompression
 from sparsejax.attention._select_nsa import nsa as nsa
@@ -60,6 +66,7 @@ from sparsejax.attention._select_routing import balanced_clusters as balanced_cl
 from sparsejax.attention._select_routing import routing as routing
 from sparsejax.attention._select_routing import update_centroids as update_centroids
 from sparsejax.attention._select_s2 import s2_shards as s2_shards
+from sparsejax.attention._select_sample import sample_attention as sample_attention
 from sparsejax.attention._select_seer import SeerGate as SeerGate
 from sparsejax.attention._select_seer import seer as seer
 from sparsejax.attention._select_seer import seer_init as seer_init
@@ -76,6 +83,8 @@ from sparsejax.attention._select_sparsifiner import (
 )
 from sparsejax.attention._select_twilight import twilight as twilight
 from sparsejax.attention._select_vertical_slash import vertical_slash as vertical_slash
+from sparsejax.attention._select_xattention import xattention as xattention
+from sparsejax.attention._statistical import statistical_top_k as statistical_top_k
 from sparsejax.attention._stats import BlockStats as BlockStats
 from sparsejax.attention._stats import (
     attention_block_probabilities as attention_block_probabilities,
@@ -91,6 +100,7 @@ __all__ = [
     "GaussianTopK",
     "Lowered",
     "NsaCompression",
+    "PageSummary",
     "SeerGate",
     "Threshold",
     "Tokens",
@@ -107,6 +117,7 @@ __all__ = [
     "dilated",
     "double_sparsity",
     "everything",
+    "flex_prefill",
     "from_array",
     "from_function",
     "global_tokens",
@@ -129,6 +140,7 @@ __all__ = [
     "reuse",
     "routing",
     "s2_shards",
+    "sample_attention",
     "seer",
     "seer_init",
     "seer_logits",
@@ -140,9 +152,13 @@ __all__ = [
     "sparsifiner",
     "sparsifiner_init",
     "sparsifiner_logits",
+    "statistical_top_k",
     "straight_through",
     "strided",
+    "summarize_pages",
     "twilight",
     "update_centroids",
+    "update_pages",
     "vertical_slash",
+    "xattention",
 ]

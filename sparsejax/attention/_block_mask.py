@@ -172,6 +172,11 @@ class BlockMask:
         """Boolean ``[b|1, h|1, nq, nk]``, True where a block is listed."""
         return jnp.asarray(self._spread(self._valid()))
 
+    def full_blocks(self) -> Bool[Array, "b h nq nk"]:
+        """Boolean ``[b|1, h|1, nq, nk]``, True where a listed block is full."""
+        full = True if self.expr is None else host(self.kv_full)
+        return jnp.asarray(self._spread(self._valid() & full))
+
     def to_mask(self) -> Bool[Array, "..."]:
         """The mask in full; for tests and pictures, it is quadratic.
 

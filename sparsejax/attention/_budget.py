@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
 from sparsejax.attention._softmax import softmax_over
@@ -209,32 +210,58 @@ def _wanted(scores, allowed, forced, budget, block_k, most_forced):
     if isinstance(budget, Threshold):
         return forced | (probs > jnp.asarray(budget.value, jnp.float32))
     if isinstance(budget, GaussianTopK):
-        return forced | _above_quantile(scores, allowed, budget.count)
+        real = allowed & (scores > -jnp.inf)
+        return forced | (real & (scores > gaussian_bound(scores, real, budget.count)))
     rank_by = jnp.where(allowed, jnp.where(forced, jnp.inf, scores), -jnp.inf)
-    ranked = nk
-    if is_counted(budget):
-        ranked = min(nk, max(block_count(budget, nk, block_k), most_forced))
-    value, order = jax.lax.top_k(rank_by, ranked)
     if isinstance(budget, TopP):
-        share = jnp.take_along_axis(probs, order, axis=-1)
-        p = jnp.asarray(budget.p, jnp.float32)
-        # A sum that rounds to 1 must not cut the tail that belongs to it.
-        keep = (jnp.cumsum(share, axis=-1) - share < p) | (p >= 1)
-    else:
-        keep = jnp.arange(ranked) < block_count(budget, nk, block_k)
+        return forced | fewest(probs, budget.p, rank_by)
+    ranked = min(nk, max(block_count(budget, nk, block_k), most_forced))
+    value, order = jax.lax.top_k(rank_by, ranked)
+    keep = jnp.arange(ranked) < block_count(budget, nk, block_k)
     return _at((keep & (value > -jnp.inf)) | (value == jnp.inf), order, nk)
 
 
-def _above_quantile(scores, allowed, count):
-    """Scores above the quantile of a Gaussian that leaves ``count`` of them above."""
-    real = allowed & (scores > -jnp.inf)
+def fewest(
+    share: Float[Array, "*axes"],
+    p: ArrayLike,
+    rank_by: Float[Array, "*axes"] | None = None,
+    least: int = 0,
+) -> Bool[Array, "*axes"]:
+    """The fewest entries of the last axis that hold ``p`` together, the largest first.
+
+    Args:
+      share: What each entry holds of 1.
+      p: In (0, 1]; at 1 all are kept.
+      rank_by: By what they are taken, ties to the lowest index; None: by their share.
+        Entries of -inf are not.
+      least: So many are taken in any case.
+    """
+    value, order = jax.lax.top_k(share if rank_by is None else rank_by, share.shape[-1])
+    held = jnp.take_along_axis(share, order, axis=-1)
+    p = jnp.asarray(p, jnp.float32)
+    # A sum that rounds to 1 must not cut the tail that belongs to it.
+    keep = (jnp.cumsum(held, axis=-1) - held < p) | (p >= 1)
+    keep = keep | (jnp.arange(share.shape[-1]) < least)
+    return _at(keep & (value > -jnp.inf), order, share.shape[-1])
+
+
+def gaussian_bound(
+    x: Float[Array, "*axes"], real: Bool[Array, "..."], count: int
+) -> Float[Array, "..."]:
+    """The quantile of a Gaussian that leaves ``count`` of the real entries above it.
+
+    Over the last axis, which stays with size 1; -inf where there are not more of them.
+    """
     n = real.sum(axis=-1, keepdims=True).astype(jnp.float32)
     total = lambda x: jnp.where(real, x, 0.0).sum(axis=-1, keepdims=True)
-    mean = total(scores) / jnp.maximum(n, 1.0)
-    deviation = jnp.sqrt(total((scores - mean) ** 2) / jnp.maximum(n - 1, 1.0))
+    mean = total(x) / jnp.maximum(n, 1.0)
+    # Squares of what is real alone: an infinity elsewhere must not reach a gradient.
+    variance = total((jnp.where(real, x, mean) - mean) ** 2) / jnp.maximum(n - 1, 1.0)
+    spread = variance > 0
+    deviation = jnp.where(spread, jnp.sqrt(jnp.where(spread, variance, 1.0)), 0.0)
     share = jnp.clip(1 - count / jnp.maximum(n, 1.0), 1e-6, 1.0)
     bound = mean + deviation * jax.scipy.special.ndtri(share)
-    return real & ((scores > bound) | (n <= count))
+    return jnp.where(n > count, bound, -jnp.inf)
 
 
 def _at(value, order, nk):

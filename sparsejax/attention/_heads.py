@@ -40,16 +40,16 @@ def check_pair(
 def pool_blocks(
     x: Float[Array, "b t h d"], size: int, how: str = "mean"
 ) -> Float[Array, "b h n d"]:
-    """Means (maxima, minima) of ``size`` rows each, in float32; the last may be short.
+    """Means (or others) of ``size`` rows each, in float32; the last may be short.
 
     Args:
       x: Queries or keys.
       size: Rows per block.
-      how: "mean", "max" or "min".
+      how: "mean", "max", "min" or "sum".
     """
     t = x.shape[1]
     n = -(-t // size)
-    fill = {"mean": 0.0, "max": -jnp.inf, "min": jnp.inf}[how]
+    fill = {"mean": 0.0, "sum": 0.0, "max": -jnp.inf, "min": jnp.inf}[how]
     x = jnp.pad(
         x.astype(jnp.float32),
         ((0, 0), (0, n * size - t), (0, 0), (0, 0)),
@@ -60,6 +60,8 @@ def pool_blocks(
         pooled = blocks.max(axis=2)
     elif how == "min":
         pooled = blocks.min(axis=2)
+    elif how == "sum":
+        pooled = blocks.sum(axis=2)
     else:
         counts = jnp.minimum(t - jnp.arange(n) * size, size).astype(jnp.float32)
         pooled = blocks.sum(axis=2) / counts[:, None, None]

@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int
 from sparsejax.attention._block_mask import BlockMask
 from sparsejax.attention._chosen import chosen_blocks
 from sparsejax.attention._expressions import Expression
+from sparsejax.attention._heads import to_heads
 from sparsejax.attention._selection import Offset, allowed_blocks, of_heads
 from sparsejax.attention._stats import BlockStats, block_stats
 
@@ -98,5 +99,33 @@ def mask_of_choices(
         capacity=most,
     )
     return mask, block_stats(
-        query, key, mask, expr, overflow=overflow.sum(axis=-1), scale=scale
+        query,
+        key,
+        mask,
+        expr,
+        density=_given(choices, mask, expr),
+        overflow=overflow.sum(axis=-1),
+        scale=scale,
     )
+
+
+def _given(choices, mask, expr):
+    """Blocks that were chosen, listed, and may be attended, over all: [b, m]."""
+    (t, s), (bq, bk), (n, nk) = mask.shape, mask.block_shape, mask.grid
+    b, m, _, count = choices.shape
+    panels = jnp.pad(
+        choices, ((0, 0), (0, 0), (0, n * bq - t), (0, 0)), constant_values=-1
+    )
+    panels = jnp.moveaxis(panels.reshape(b, m, n, bq, count), 2, 0)
+    listed = to_heads(mask.to_blocks(), m)
+
+    def panel(x):
+        index, blocks = x
+        one = allowed_blocks(expr.shift(queries=index * bq), bq, s, (1, bk))
+        one = to_heads(one, m) & listed[:, :, index, None]
+        one = jnp.broadcast_to(one, (b, m, bq, nk))
+        found = jnp.take_along_axis(one, jnp.maximum(blocks, 0), axis=-1)
+        return (found & (blocks >= 0)).sum(axis=(-2, -1), dtype=jnp.int32)
+
+    counts = jax.lax.map(panel, (jnp.arange(n, dtype=jnp.int32), panels)).sum(axis=0)
+    return counts.astype(jnp.float32) / (t * nk)

@@ -159,14 +159,8 @@ def plot_heads(stats: Any, *, rows: str = "layer") -> Any:
 
 def _states(mask: BlockMask, entry: int) -> np.ndarray:
     """0 not listed, 1 in part, 2 full, of each block: [heads, nq, nk]."""
-    idx, full = np.asarray(mask.kv_idx)[entry], np.asarray(mask.kv_full)[entry]
-    count = np.asarray(mask.kv_cnt)[entry]
-    nq, nk = mask.grid
-    state = np.zeros((len(idx), nq, nk), int)
-    head, block, slot = np.nonzero(np.arange(mask.capacity) < count[..., None])
-    whole = full[head, block, slot] | (mask.expr is None)
-    state[head, block, idx[head, block, slot]] = 1 + whole
-    return state
+    listed, full = np.asarray(mask.to_blocks()), np.asarray(mask.full_blocks())
+    return listed[entry].astype(int) + full[entry]
 
 
 def _tables(stats: Any) -> tuple[list[str], np.ndarray, np.ndarray]:

@@ -7,6 +7,7 @@ from sparsejax.attention._block_mask import BlockMask
 from sparsejax.attention._budget import Budget, block_count
 from sparsejax.attention._expressions import Expression
 from sparsejax.attention._heads import pair_heads, pool_blocks
+from sparsejax.attention._pages import PageSummary, check_pages
 from sparsejax.attention._per_token import best_per_query, mask_of_choices
 from sparsejax.attention._selection import Offset, prepare
 from sparsejax.attention._stats import BlockStats
@@ -18,6 +19,7 @@ def moba(
     *,
     block_shape: tuple[int, int] = (128, 128),
     budget: Budget,
+    pages: PageSummary | None = None,
     expr: Expression | None = None,
     offset: Offset = 0,
     scale: float | None = None,
@@ -44,6 +46,8 @@ def moba(
         short.
       budget: Blocks per query, its own among them: an int; their share of the nk
         blocks, a float in (0, 1], rounded and one at least; or ``Tokens``.
+      pages: From `summarize_pages` or `update_pages`, for a decoder; None: made from
+        all keys.
       expr: What may be attended at all; None: `causal`, from ``offset``. Blocks after
         a query's own are never chosen.
       offset: Position of the first query among the keys; may be traced.
@@ -53,7 +57,8 @@ def moba(
 
     Returns:
       A ``BlockMask`` of ``[b, h, nq, ...]`` lists, ties to the lowest index, and a
-      ``BlockStats``, whose density is that of the union. No gradients.
+      ``BlockStats``: its density is that of the queries' own choices, within the
+      budget, its work that of the union. No gradients.
 
     Raises:
       ValueError: Shapes or dtypes do not fit; a budget of 0, a share above 1, or one
@@ -78,7 +83,9 @@ def moba(
     """
     query, key, expr = prepare(query, key, block_shape, budget, expr, offset, capacity)
     bk = block_shape[1]
-    means = pool_blocks(key, bk)
+    if pages is not None:
+        check_pages(pages, key, bk)
+    means = pool_blocks(key, bk) if pages is None else pages.mean
     nk = means.shape[2]
     heads = lambda q: jnp.moveaxis(q.astype(jnp.float32), 1, 2)
     choices = best_per_query(

@@ -176,8 +176,9 @@ def nsa(
 
     Returns:
       A ``BlockMask``, equal lists for the heads of a group, ties to the lowest index,
-      and a ``BlockStats``, whose density is that of the union. No gradients: those of
-      the compressed keys come from their own branch.
+      and a ``BlockStats``: its density is that of the queries' own choices, within the
+      budget, its work that of the union. No gradients: those of the compressed keys
+      come from their own branch.
 
     Raises:
       ValueError: Shapes or dtypes do not fit; a budget of 0, a share above 1, one that

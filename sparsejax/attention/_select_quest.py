@@ -7,7 +7,7 @@ from jaxtyping import Array, Shaped
 from sparsejax.attention._block_mask import BlockMask
 from sparsejax.attention._budget import Budget
 from sparsejax.attention._expressions import Expression
-from sparsejax.attention._heads import pool_blocks
+from sparsejax.attention._pages import PageSummary, check_pages, summarize_pages
 from sparsejax.attention._selection import Offset, prepare, select
 from sparsejax.attention._stats import BlockStats
 
@@ -18,6 +18,7 @@ def quest(
     *,
     block_shape: tuple[int, int] = (1, 16),
     budget: Budget,
+    pages: PageSummary | None = None,
     expr: Expression | None = None,
     offset: Offset = 0,
     scale: float | None = None,
@@ -30,8 +31,9 @@ def quest(
         \max(q_{ic}\, \min_{j \in J} k_{jc},\ q_{ic}\, \max_{j \in J} k_{jc})
 
     summed over the query heads of a group, which share the pages that they read. A
-    cache keeps the two extremes beside each page. Costs 2 t nk d products, a panel of
-    block_q queries at a time: made for the single query of a decoder.
+    decoder keeps the two extremes beside its cache, by `update_pages`. Costs 2 t nk d
+    products, a panel of block_q queries at a time: made for the single query of a
+    decoder.
 
     Args:
       query: ``[b, t, h, d]``, floating; scored in float32.
@@ -40,6 +42,8 @@ def quest(
         short.
       budget: Pages per query block, an int; their share of the nk pages, a float in
         (0, 1]; or ``TopP``, ``Threshold``, ``Tokens``. More than there are means all.
+      pages: From `summarize_pages` or `update_pages`: under jit no key is read then,
+        unless the recall is used. None: made from all keys.
       expr: What may be attended at all; None: `causal`, from ``offset``.
       offset: Position of the first query among the keys; may be traced.
       scale: None: ``d ** -0.5``.
@@ -69,7 +73,12 @@ def quest(
     query, key, expr = prepare(query, key, block_shape, budget, expr, offset, capacity)
     (bq, bk), (b, t, h, d), g = block_shape, query.shape, key.shape[2]
     scale = d**-0.5 if scale is None else scale
-    low, high = pool_blocks(key, bk, "min"), pool_blocks(key, bk, "max")
+    if pages is None:
+        pages = summarize_pages(key, bk)
+    check_pages(pages, key, bk)
+    # An empty page has no bound, where infinite extremes would make products of 0.
+    some = pages.count[:, None] > 0
+    low, high = (jnp.where(some[..., None], x, 0.0) for x in (pages.low, pages.high))
     n = -(-t // bq)
     panels = jnp.pad(query, ((0, 0), (0, n * bq - t), (0, 0), (0, 0)))
     panels = panels.reshape(b, n, bq, g, h // g, d).astype(jnp.float32)
@@ -82,7 +91,8 @@ def quest(
         bound = jnp.einsum("bqgd,bgnd->bgqn", above, high, precision=exact)
         bound += jnp.einsum("bqgd,bgnd->bgqn", below, low, precision=exact)
         real = index * bq + jnp.arange(bq) < t
-        return jnp.where(real[:, None], bound, -jnp.inf).max(axis=2)
+        bound = jnp.where(real[:, None], bound, -jnp.inf).max(axis=2)
+        return jnp.where(some, bound, -jnp.inf)
 
     scores = jax.lax.map(panel, (jnp.arange(n), jnp.moveaxis(panels, 1, 0)))
     return select(

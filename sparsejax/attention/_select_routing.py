@@ -20,7 +20,7 @@ from sparsejax.attention._selection import (
     of_heads,
     prepare,
 )
-from sparsejax.attention._stats import BlockStats, block_stats
+from sparsejax.attention._stats import BlockStats, block_stats, key_density
 
 
 class Clusters(NamedTuple):
@@ -132,7 +132,8 @@ def routing(
         kept, ``overflow`` counts the others.
 
     Returns:
-      A ``BlockMask`` of ``[b, h, nq, ...]`` lists and a ``BlockStats``. No gradients.
+      A ``BlockMask`` of ``[b, h, nq, ...]`` lists and a ``BlockStats``, whose density
+      is that of the keys that share a cluster with a query. No gradients.
 
     Raises:
       ValueError: Shapes or dtypes do not fit, or ``window`` is not from 1 to t and s.
@@ -177,7 +178,15 @@ def routing(
         expr=expr & _SharedCluster(queries, keys),
         capacity=capacity,
     )
-    return mask, block_stats(query, key, mask, expr, overflow=overflow, scale=scale)
+    return mask, block_stats(
+        query,
+        key,
+        mask,
+        expr,
+        density=key_density(mask, query.shape[2]),
+        overflow=overflow,
+        scale=scale,
+    )
 
 
 def update_centroids(

@@ -5,18 +5,17 @@ from jaxtyping import Array, Shaped
 
 from sparsejax.attention._block_mask import BlockMask
 from sparsejax.attention._budget import check_count
-from sparsejax.attention._chosen import chosen_blocks, chosen_keys
+from sparsejax.attention._chosen import chosen_blocks
 from sparsejax.attention._expressions import Expression
-from sparsejax.attention._heads import pair_heads
-from sparsejax.attention._selection import (
-    Offset,
-    allowed_blocks,
-    first_blocks,
-    of_heads,
-    prepare,
+from sparsejax.attention._lines import (
+    by_block,
+    by_distance,
+    crossed_blocks,
+    mask_of_lines,
+    probe,
 )
-from sparsejax.attention._softmax import softmax_over
-from sparsejax.attention._stats import BlockStats, block_stats
+from sparsejax.attention._selection import Offset, prepare
+from sparsejax.attention._stats import BlockStats
 
 
 def vertical_slash(
@@ -63,7 +62,8 @@ def vertical_slash(
 
     Returns:
       A ``BlockMask`` of ``[b, h, nq, ...]`` lists, ties to the lowest index, and a
-      ``BlockStats``. No gradients.
+      ``BlockStats``, whose density is that of the keys on a query's lines, at most
+      ``(vertical + slash block_k) / s``. No gradients.
 
     Raises:
       ValueError: Shapes or dtypes do not fit; a budget or ``last`` is below 1.
@@ -84,62 +84,44 @@ def vertical_slash(
 
     References:
       Jiang et al., `MInference 1.0: Accelerating Pre-filling for Long-Context LLMs via
-      Dynamic Sparse Attention <https://arxiv.org/abs/2407.02490>`_, 2024. Zhu et al.,
-      `SampleAttention <https://arxiv.org/abs/2406.15486>`_, 2024.
+      Dynamic Sparse Attention <https://arxiv.org/abs/2407.02490>`_, 2024.
     """
     query, key, expr = prepare(query, key, block_shape, 1, expr, offset, capacity)
     for name, count in (("vertical", vertical), ("slash", slash), ("last", last)):
         check_count(name, count)
     check_count("initial", initial, least=0)
-    (bq, bk), (b, t, h, d), s = block_shape, query.shape, key.shape[1]
-    nk, last = -(-s // bk), min(last, t)
-    scale = d**-0.5 if scale is None else scale
-    heads = lambda x: jnp.moveaxis(x.astype(jnp.float32), 1, 2)
-    logits = pair_heads(heads(query[:, t - last :]), heads(key)) * scale
-    seen = expr.shift(queries=t - last).to_mask(last, s)
-    probs = softmax_over(logits, seen)
+    bk, t, s = block_shape[1], query.shape[1], key.shape[1]
+    last = min(last, t)
+    scale = query.shape[3] ** -0.5 if scale is None else scale
+    positions = jnp.arange(t, dtype=jnp.int32)
+    probs, _ = probe(query, key, positions[t - last :], expr, scale)
 
     columns = jnp.arange(s, dtype=jnp.int32)
     worth = jnp.where(columns < initial, jnp.inf, probs.sum(axis=2))
-    keys = _map_of(jnp.argsort(-worth, axis=-1, stable=True)[..., :vertical], s)
+    keys = _first(worth, vertical)[1]
 
-    # Mass by distance in key blocks, from 0 up to nk - 1 before the query's own.
-    own = (jnp.arange(t, dtype=jnp.int32) + offset) // bk
-    distance = jnp.arange(nk, dtype=jnp.int32)
-    blocks = jnp.pad(probs, [(0, 0)] * 3 + [(0, nk * bk - s)])
-    blocks = blocks.reshape(b, h, last, nk, bk).sum(axis=-1)
-    there = own[t - last :, None] - distance
-    at_distance = jnp.take_along_axis(
-        blocks, jnp.clip(there, 0, nk - 1)[None, None], axis=-1
-    )
-    inside = (there >= 0) & (there < nk)
-    mass = jnp.where(inside, at_distance, 0.0).sum(axis=2)
-    mass = jnp.where(distance == 0, jnp.inf, mass)
-    slashes = jnp.argsort(-mass, axis=-1, stable=True)[..., :slash].astype(jnp.int32)
+    own = (positions + offset) // bk
+    mass = by_distance(by_block(probs, bk), own[t - last :])
+    mass = mass.at[..., 0].set(jnp.inf)
+    slashes, distances = _first(mass, slash)
 
     # [b, h, t, n]: the block that each slash has for a query; none before the first.
     choices = own[:, None] - slashes[:, :, None, :]
-    n = -(-t // bq)
-    crossed = jnp.pad(
-        jnp.where(choices < 0, nk, jnp.minimum(choices, nk)),
-        ((0, 0), (0, 0), (0, n * bq - t), (0, 0)),
-        constant_values=nk,
-    ).reshape(b, h, n, -1)
-    crossed = _map_of(crossed, nk + 1)[..., :nk]
-    lined = jnp.pad(keys, ((0, 0), (0, 0), (0, nk * bk - s)))
-    lined = lined.reshape(b, h, 1, nk, bk).any(axis=-1)
-    allowed = of_heads(allowed_blocks(expr, t, s, block_shape), h)
-    blocks, overflow = first_blocks((crossed | lined) & allowed, capacity)
-    mask = BlockMask.from_blocks(
-        blocks,
-        shape=(t, s),
+    return mask_of_lines(
+        query,
+        key,
+        keys,
+        chosen_blocks(choices, bk),
+        crossed_blocks(distances, t, block_shape, offset),
+        expr=expr,
         block_shape=block_shape,
-        expr=expr & (chosen_keys(keys) | chosen_blocks(choices, bk)),
         capacity=capacity,
+        scale=scale,
     )
-    return mask, block_stats(query, key, mask, expr, overflow=overflow, scale=scale)
 
 
-def _map_of(index, n):
-    out = jnp.zeros((*index.shape[:-1], n), bool)
-    return jnp.put_along_axis(out, index, True, axis=-1, inplace=False)
+def _first(worth, count):
+    """The best entries: their places, and a map of them."""
+    index = jnp.argsort(-worth, axis=-1, stable=True)[..., :count].astype(jnp.int32)
+    out = jnp.zeros(worth.shape, bool)
+    return index, jnp.put_along_axis(out, index, True, axis=-1, inplace=False)

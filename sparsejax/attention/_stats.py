@@ -1,5 +1,6 @@
 """Dense attention as selectors are measured by: panel by panel, never T x T."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -13,20 +14,27 @@ from sparsejax.attention._softmax import softmax_over
 
 
 class BlockStats(NamedTuple):
-    """How much a chosen mask computes, and how much of the attention it keeps.
+    """How much a selection gives each query, keeps of the attention, and computes.
 
     Attributes:
-      density: float32 ``[b, h]``, listed blocks over all blocks.
+      density: float32 ``[b, h]``, the share of the sequence that a query was given, the
+        mean over the queries, in the unit of the selector's budget: key blocks, where
+        blocks are chosen, for a block of queries or for each of them; keys, where
+        single keys are (`vertical_slash`, `sample_attention`, `routing`).
       recall: float32 ``[b, h]``, share of dense attention's probability on the allowed
         elements, the mean over the queries: ``exp(lse_masked - lse_dense)``. A query
         that dense attention leaves empty too loses nothing and counts as 1. It costs
         the products of dense attention; under jit it is not computed unless used.
       overflow: int32 ``[b, h]``, blocks that were wanted beyond the capacity.
+      work: float32 ``[b, h]``, listed blocks over all blocks: what the operator
+        computes. The same as ``density`` where a block of queries chooses as one; where
+        each query does, that of all their choices together.
     """
 
     density: Any
     recall: Any
     overflow: Any
+    work: Any
 
 
 def block_stats(
@@ -35,6 +43,7 @@ def block_stats(
     mask: BlockMask,
     dense: Expression,
     *,
+    density: Float[Array, "_b _h"] | None = None,
     overflow: Int[Array, "_b _h"] | None = None,
     scale: float | None = None,
 ) -> BlockStats:
@@ -52,6 +61,7 @@ def block_stats(
       key: ``[b, s, h_kv, d]``.
       mask: The selection. What it allows outside ``dense`` counts for nothing.
       dense: What dense attention allows.
+      density: Handed on; None: listed blocks over all blocks, as ``work``.
       overflow: Handed on; None: zeros.
       scale: Of the logits; None: ``d ** -0.5``.
 
@@ -78,10 +88,28 @@ def block_stats(
         return jnp.where(panel.queries, share, 0.0).sum(axis=-1)
 
     recall = _over_panels(kept, query, key, mask, dense, scale).sum(axis=0) / t
-    counts = mask.kv_cnt.astype(jnp.float32).mean(axis=-1) / nk
+    work = mask.kv_cnt.astype(jnp.float32).mean(axis=-1) / nk
+    density = work if density is None else density
     lost = jnp.zeros((1, 1), jnp.int32) if overflow is None else overflow
-    density, lost = (jnp.broadcast_to(to_heads(x, h), (b, h)) for x in (counts, lost))
-    return BlockStats(density, recall, lost)
+    density, lost, work = (
+        jnp.broadcast_to(to_heads(x, h), (b, h)) for x in (density, lost, work)
+    )
+    return BlockStats(density, recall, lost, work)
+
+
+def key_density(mask: BlockMask, heads: int) -> Float[Array, "_b heads"]:
+    """Share of the keys that a query may attend, the mean over the queries."""
+    (t, s), bq = mask.shape, mask.block_shape[0]
+    elements = _mask_panels(mask, heads)
+
+    def share(index):
+        queries = index * bq + jnp.arange(bq) < t
+        allowed = elements(index) & queries[:, None]
+        return allowed.astype(jnp.float32).sum(axis=(-2, -1))
+
+    index = jnp.arange(mask.grid[0], dtype=jnp.int32)
+    total = jax.lax.map(share, index).sum(axis=0)
+    return total / (t * s)
 
 
 def attention_block_probabilities(
@@ -183,7 +211,7 @@ class _Panel(NamedTuple):
 
 def _over_panels(fn, query, key, mask, dense, scale):
     """``fn`` of each block of queries, stacked in front."""
-    (t, s), (bq, bk) = mask.shape, mask.block_shape
+    (t, s), bq = mask.shape, mask.block_shape[0]
     b, _, h, d = query.shape
     g = key.shape[2]
     scale = d**-0.5 if scale is None else scale
@@ -191,10 +219,7 @@ def _over_panels(fn, query, key, mask, dense, scale):
     query = jnp.pad(query, ((0, 0), (0, n * bq - t), (0, 0), (0, 0)))
     query = query.reshape(b, n, bq, g, h // g, d).astype(jnp.float32)
     key = key.astype(jnp.float32)
-    allows = _element_panels(dense, t, s, bq, h)
-    chosen = _element_panels(mask.expr, t, s, bq, h)
-    blocks = to_heads(mask.to_blocks(), h)
-    full = to_heads(mask._spread(mask._valid() & mask.kv_full), h)
+    allows, chosen = element_rows(dense, t, s, h), _mask_panels(mask, h)
 
     def panel(x):
         index, q = x
@@ -202,41 +227,52 @@ def _over_panels(fn, query, key, mask, dense, scale):
             "bqgrd,bsgd->bgrqs", q, key, precision=jax.lax.Precision.HIGHEST
         )
         logits = logits.reshape(b, h, bq, s) * scale
-        allowed = allows(index)
+        i = index * bq + jnp.arange(bq, dtype=jnp.int32)
+        allowed, queries = allows(i), i < t
+        return fn(_Panel(logits, allowed, chosen(index) & allowed, queries))
+
+    index = jnp.arange(n, dtype=jnp.int32)
+    return jax.lax.map(panel, (index, jnp.moveaxis(query, 1, 0)))
+
+
+def _mask_panels(mask, h):
+    """A function from the number of a block of queries to what the mask allows."""
+    (t, s), (bq, bk) = mask.shape, mask.block_shape
+    inside = element_rows(mask.expr, t, s, h)
+    listed, full = (to_heads(x, h) for x in (mask.to_blocks(), mask.full_blocks()))
+
+    def allows(index):
         wide = lambda x: jnp.repeat(x[:, :, index, None], bk, axis=-1)[..., :s]
-        listed = wide(blocks) & (wide(full) | chosen(index))
-        queries = index * bq + jnp.arange(bq) < t
-        return fn(_Panel(logits, allowed, listed & allowed, queries))
+        i = index * bq + jnp.arange(bq, dtype=jnp.int32)
+        return wide(listed) & (wide(full) | inside(i))
 
-    return jax.lax.map(panel, (jnp.arange(n), jnp.moveaxis(query, 1, 0)))
+    return allows
 
 
-def _element_panels(expr, t, s, bq, h):
-    """A function from the number of a block of queries to what expr allows there."""
+def element_rows(
+    expr: Expression | None, t: int, s: int, h: int
+) -> Callable[[Int[Array, " n"]], Bool[Array, "_b _h n s"]]:
+    """A function from queries to what an expression allows them."""
     if expr is None:
-        return lambda index: jnp.ones((1, 1, bq, s), bool)
+        return lambda i: jnp.ones((1, 1, len(i), s), bool)
     lowered = expr.lower(t, s)
-    pad = lambda x, axis: jnp.pad(
-        x, [(0, -t % bq if k == axis else 0) for k in range(x.ndim)]
-    )
-    rows = [pad(to_heads(x, h), 2) for x in lowered.rows]
-    dense = [pad(to_heads(x, h), 2) for x in lowered.dense]
+    rows = [to_heads(x, h) for x in lowered.rows]
+    dense = [to_heads(x, h) for x in lowered.dense]
     cols = tuple(to_heads(x, h)[:, :, None, :] for x in lowered.cols)
     scalars = tuple(to_heads(x, h)[:, :, None, None] for x in lowered.scalars)
     j = jnp.arange(s, dtype=jnp.int32)[None, :]
 
-    def allows(index):
-        cut = lambda x: jax.lax.dynamic_slice_in_dim(x, index * bq, bq, axis=2)
-        i = (index * bq + jnp.arange(bq, dtype=jnp.int32))[:, None]
+    def allows(i):
+        cut = lambda x: jnp.take(x, i, axis=2, mode="clip")
         ok = lowered.predicate(
-            i,
+            i[:, None],
             j,
             tuple(cut(x)[..., None] for x in rows),
             cols,
             scalars,
             tuple(cut(x) for x in dense),
         )
-        return jnp.broadcast_to(ok, (*(1,) * (4 - ok.ndim), *ok.shape[:-2], bq, s))
+        return jnp.broadcast_to(ok, (*(1,) * (4 - ok.ndim), *ok.shape[:-2], len(i), s))
 
     return allows
 

@@ -69,7 +69,7 @@ def apply_sparse_attention(
       x_kv: Of keys and values.
       positions: Of x for the rotary positions, int ``[t]`` or ``[b, t]``, such as those
         inside packed documents; None: 0, 1, ... Keys of x_kv have 0, 1, ...
-      return_stats: Whether density and recall of the mask are returned too.
+      return_stats: Whether density, recall and work of the mask are returned too.
       dense: What the dense attention allows whose mass the recall is a share of, such
         as ``causal()``; None: everything. A selector has its own.
 

@@ -42,10 +42,10 @@ def probabilities(query, key, dense, scale=None):
 
 
 def recall(query, key, dense, mask, scale=None):
-    """[b, h]: exp(lse_masked - lse_dense), mean over the queries."""
-    x = logits(query, key, scale)
-    lse = lambda m: np.log(np.where(np.broadcast_to(m, x.shape), np.exp(x), 0).sum(-1))
-    return np.exp(lse(dense & mask) - lse(dense)).mean(axis=-1)
+    """[b, h]: the mass of dense attention on the mask; 1 where dense has no key."""
+    probs = probabilities(query, key, dense, scale)
+    share = np.where(np.broadcast_to(mask, probs.shape), probs, 0).sum(-1)
+    return np.where(np.broadcast_to(dense, probs.shape).any(-1), share, 1).mean(-1)
 
 
 def pool(x, size, how=np.mean):

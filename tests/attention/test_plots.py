@@ -47,7 +47,8 @@ def test_one_panel_where_heads_are_alike():
 
 
 def stats(density, recall):
-    return at.BlockStats(jnp.asarray(density), jnp.asarray(recall), jnp.zeros((1, 1)))
+    density = jnp.asarray(density)
+    return at.BlockStats(density, jnp.asarray(recall), jnp.zeros((1, 1)), density)
 
 
 def test_heads_of_layers(tmp_path):

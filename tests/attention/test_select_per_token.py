@@ -58,7 +58,8 @@ def test_moba_equals_the_rule_for_every_query():
     # Lists: the union over a query block, whatever the elements.
     union = np.stack([kept[:, :, i : i + 4].any(2) for i in range(0, T, 4)], axis=2)
     np.testing.assert_array_equal(mask.to_blocks(), union)
-    np.testing.assert_allclose(stats.density, union.mean((-2, -1)), rtol=1e-6)
+    np.testing.assert_allclose(stats.work, union.mean((-2, -1)), rtol=1e-6)
+    np.testing.assert_allclose(stats.density, kept.mean((-2, -1)), rtol=1e-6)
     truth = oracle.recall(query, key, CAUSAL, wanted)
     np.testing.assert_allclose(stats.recall, truth, rtol=1e-5)
 
@@ -95,6 +96,8 @@ def test_moba_capacity_keeps_what_most_queries_chose():
     assert lost.any()
     np.testing.assert_array_equal(mask.to_blocks(), blocks)
     np.testing.assert_array_equal(stats.overflow, lost)
+    given = kept & np.repeat(blocks, 4, axis=2)[:, :, :T]
+    np.testing.assert_allclose(stats.density, given.mean((-2, -1)), rtol=1e-6)
 
 
 def test_moba_ties_go_to_the_lowest_block():
