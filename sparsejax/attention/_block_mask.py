@@ -288,8 +288,8 @@ def _listed(some, every, expr, shape, block_shape, capacity, most) -> BlockMask:
     count = some.sum(-1, dtype=np.int32)
     if capacity is None:
         capacity = most
-    elif capacity < 1:
-        raise ValueError(f"capacity: got {capacity}, needed at least 1")
+    elif not isinstance(capacity, int | np.integer) or capacity < 1:
+        raise ValueError(f"capacity: got {capacity}, needed at least 1, an int")
     elif xp is np and count.max() > capacity:
         raise ValueError(
             f"capacity: got {capacity}, needed at least {count.max()}, the most key "
@@ -316,7 +316,8 @@ def _listed(some, every, expr, shape, block_shape, capacity, most) -> BlockMask:
 
 def _pair(name: str, given: Any) -> tuple[int, int]:
     """Checks a pair of positive sizes."""
-    pair = tuple(int(v) for v in given) if np.iterable(given) else ()
-    if len(pair) != 2 or min(pair) < 1:
+    pair = tuple(given) if np.iterable(given) else ()
+    whole = all(isinstance(size, int | np.integer) for size in pair)
+    if len(pair) != 2 or not whole or min(pair) < 1:
         raise ValueError(f"{name}: got {given}, needed two positive ints")
-    return pair  # type: ignore[return-value]
+    return int(pair[0]), int(pair[1])

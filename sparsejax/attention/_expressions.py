@@ -175,7 +175,15 @@ def gather(expr: Expression, t: int, s: int) -> tuple[pred.Condition, Gathered]:
     if t < 1 or s < 1:
         raise ValueError(f"t, s: got {t} and {s}, needed positive ints")
     found = Gathered(t, s)
-    return expr._lower(View(found)), found
+    condition = expr._lower(View(found))
+    arrays = [a for a, _ in (*found.rows, *found.cols, *found.scalars)] + found.dense
+    for axis, of in enumerate(("batch", "heads")):
+        sizes = {a.shape[axis] for a in arrays} - {1}
+        if len(sizes) > 1:
+            raise ValueError(
+                f"expr: got arrays for {of} of {sorted(sizes)}, needed one size, or 1"
+            )
+    return condition, found
 
 
 def elements(condition: pred.Condition, found: Gathered) -> Any:

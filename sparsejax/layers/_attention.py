@@ -102,6 +102,7 @@ def apply_sparse_attention(
       x is cut over the batch and the parameters over heads. A selector, and statistics,
       get all queries and keys on every device.
     """
+    mask = _checked(mask)
     _check(spec, "x", x)
     if x_kv is not None:
         _check(spec, "x_kv", x_kv)
@@ -171,6 +172,7 @@ def decode_sparse_attention(
       >>> bool(jnp.allclose(y, whole[:, -1:], atol=1e-6)), cache.length.tolist()
       (True, [6])
     """
+    mask = _checked(mask)
     _check(spec, "x", x)
     _check_cache(spec, x, cache)
     t, start = x.shape[1], cache.length
@@ -181,7 +183,6 @@ def decode_sparse_attention(
 
     # One row of a block of queries is as many rows as there are.
     sides = min(spec.block_shape[0], t), spec.block_shape[1]
-    mask = everything() if mask is None else mask
     if isinstance(mask, Expression):
         there = mask.shift(queries=start) & keys_below(start + t)
         found = block_mask(there, t, cache.capacity, block_shape=sides)
@@ -195,18 +196,12 @@ def decode_sparse_attention(
 
 def _find(spec, mask, query, key):
     """The mask of these queries and keys; a selector's stats."""
-    mask = everything() if mask is None else mask
     if isinstance(mask, BlockMask):
         return mask, None
     if isinstance(mask, Expression):
         sizes = query.shape[1], key.shape[1]
         how = dict(block_shape=spec.block_shape, capacity=spec.capacity)
         return block_mask(mask, *sizes, **how), None
-    if not callable(mask):
-        raise ValueError(
-            f"mask: got {type(mask).__name__}, needed an expression, a BlockMask or a "
-            "selector of sparsejax.attention"
-        )
     return mask(*_together(query, key), block_shape=spec.block_shape)
 
 
@@ -304,6 +299,17 @@ def _positions(given, x):
             f"positions: got shape {given.shape}, needed {(t,)} or {(b, t)}, as x has"
         )
     return given.reshape(-1, t)
+
+
+def _checked(mask):
+    if mask is None:
+        return everything()
+    if not isinstance(mask, Expression | BlockMask) and not callable(mask):
+        raise ValueError(
+            f"mask: got {type(mask).__name__}, needed an expression, a BlockMask or a "
+            "selector of sparsejax.attention"
+        )
+    return mask
 
 
 def _check(spec, name, x):

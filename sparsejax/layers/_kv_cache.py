@@ -78,7 +78,8 @@ def init_kv_cache(
       A ``KVCache`` of zeros.
 
     Raises:
-      ValueError: The page table has another shape, or ``pages`` comes without one.
+      ValueError: The page table has another shape, or ``pages`` comes without one;
+        there is room for no token.
 
     Example:
       >>> from sparsejax import attention, layers
@@ -89,6 +90,10 @@ def init_kv_cache(
       >>> cache.key.shape, cache.capacity
       ((4, 4, 2, 4), 8)
     """
+    if batch < 0 or capacity < 1:
+        raise ValueError(
+            f"batch, capacity: got {batch} and {capacity}, needed 0 and 1 at least"
+        )
     side = spec.block_shape[1]
     lead = batch, capacity
     if page_table is not None:

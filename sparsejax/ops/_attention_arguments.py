@@ -36,6 +36,15 @@ def check_heads(query, key, value) -> None:
         )
 
 
+def check_block_mask(block_mask) -> None:
+    """Raises ValueError unless it is a ``BlockMask``."""
+    if not isinstance(block_mask, BlockMask):
+        raise ValueError(
+            f"block_mask: got {type(block_mask).__name__}, needed a BlockMask; "
+            "sparsejax.attention.block_mask makes one of an expression"
+        )
+
+
 def prepared(
     query,
     key,
@@ -50,11 +59,7 @@ def prepared(
 ) -> tuple[How, Operands]:
     """Checks what the user gave."""
     check_heads(query, key, value)
-    if not isinstance(block_mask, BlockMask):
-        raise ValueError(
-            f"block_mask: got {type(block_mask).__name__}, needed a BlockMask; "
-            "sparsejax.attention.block_mask makes one of an expression"
-        )
+    check_block_mask(block_mask)
     (b, t, h, d), h_kv = query.shape, key.shape[2]
     mask_t, s = block_mask.shape
     if page_table is None:
@@ -108,7 +113,11 @@ def _number(name, value):
             f"{name}: got {value}, needed a number that is not traced; multiply the "
             "query instead"
         )
-    return float(value)
+    single = not isinstance(value, np.ndarray | jax.Array) or not value.ndim
+    number = float(value) if single else math.nan
+    if not math.isfinite(number):
+        raise ValueError(f"{name}: got {value}, needed one finite number")
+    return number
 
 
 def _check_lists(block_mask, b, h):

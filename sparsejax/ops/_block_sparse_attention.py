@@ -177,10 +177,16 @@ def _by_block(operands, blocks):
 
 def attend(how: How, operands: Operands) -> tuple[jax.Array, jax.Array]:
     """(out, lse) on one device, or of each under shard_map."""
-    q, _, v = operands[:3]
-    if 0 in (*q.shape, v.shape[3], operands.key.shape[0]):
+    q, k, v = operands[:3]
+    if 0 in (*q.shape[:3], k.shape[0]):
         out = jnp.zeros((*q.shape[:3], v.shape[3]), q.dtype)
         return out, jnp.full(q.shape[:3], -jnp.inf, accumulator(q.dtype))
+    if 0 in (q.shape[3], v.shape[3]):
+        # Of no logits but 0, or for lse alone.
+        one = lambda a: a if a.shape[3] else jnp.zeros((*a.shape[:3], 1), a.dtype)
+        wide = operands._replace(query=one(q), key=one(k), value=one(v))
+        out, lse = attend(how, wide)
+        return out[..., : v.shape[3]], lse
     leaves, tree = jax.tree.flatten(operands)
     operands = jax.tree.unflatten(tree, _dispatch.vary_alike(*leaves))
     return _attention(how, *operands)

@@ -13,7 +13,7 @@ from jaxtyping import Array, Shaped
 from sparsejax import _dispatch
 from sparsejax._dispatch import Choice
 from sparsejax.attention import BlockMask
-from sparsejax.ops._attention_arguments import prepared
+from sparsejax.ops._attention_arguments import check_block_mask, prepared
 from sparsejax.ops._attention_operands import Operands
 from sparsejax.ops._block_sparse_attention import attend, call_gradients
 from sparsejax.ops._checks import accumulator
@@ -102,6 +102,7 @@ def context_parallel_attention(
         raise ValueError(
             f"axis_name: got {axis_name!r}, needed an axis of the jax.shard_map around"
         ) from error
+    check_block_mask(block_mask)
     for name, a, side in (("query", query, 0), ("key", key, 1)):
         block, whole = block_mask.block_shape[side], block_mask.shape[side]
         if a.ndim != 4 or a.shape[1] * size != whole or a.shape[1] % block:

@@ -48,7 +48,8 @@ def merge_attention(
             f"outs, lses: got {len(outs)} and {len(lses)} arrays, needed as many of "
             "both, one at least"
         )
-    check_floating(**{f"outs[{i}]": out for i, out in enumerate(outs)})
+    for name, arrays in (("outs", outs), ("lses", lses)):
+        check_floating(**{f"{name}[{i}]": a for i, a in enumerate(arrays)})
     for i, (out, lse) in enumerate(zip(outs, lses, strict=True)):
         if (out.shape, out.dtype) != (outs[0].shape, outs[0].dtype):
             raise ValueError(

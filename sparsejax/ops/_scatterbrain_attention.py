@@ -7,7 +7,7 @@ from jaxtyping import Array, Shaped
 from sparsejax import attention as at
 from sparsejax._dispatch import Choice
 from sparsejax.attention._selection import unlisted_blocks
-from sparsejax.ops._attention_arguments import check_heads
+from sparsejax.ops._attention_arguments import check_block_mask, check_heads
 from sparsejax.ops._block_sparse_attention import block_sparse_attention
 from sparsejax.ops._merge_attention import merge_attention
 
@@ -70,6 +70,7 @@ def scatterbrain_attention(
       <https://arxiv.org/abs/2110.15343>`_, 2021.
     """
     check_heads(query, key, value)
+    check_block_mask(block_mask)
     (b, t, h, d), g = query.shape, key.shape[2]
     if features.ndim != 2 or features.shape[1] != d:
         raise ValueError(f"features: got shape {features.shape}, needed [m, {d}]")
