@@ -86,6 +86,8 @@ def test_an_empty_page_is_not_chosen():
     query = -jnp.ones((1, 1, 1, 2))
     key = jnp.ones((1, 8, 1, 2))
     pages = at.summarize_pages(key, 2, length=4)
+    many = at.summarize_pages(key[:, :7], 2, length=99)
+    np.testing.assert_array_equal(many.count, [[2, 2, 2, 1]])
     mask = oracle.lists(
         at.quest,
         query,
