@@ -115,7 +115,7 @@ CASES = {
     ),
 }
 BY_KEYS = ("routing", "sample_attention", "vertical_slash")
-QUICK = ("moba", "s2_shards", "vertical_slash")
+QUICK = ("moba", "s2_shards")
 
 
 @pytest.mark.parametrize(
@@ -143,6 +143,7 @@ def test_density_is_the_budget_and_recall_the_dense_truth(name):
         assert (stats.density * T * T <= 3 * 7 * 7).all()
 
 
+@pytest.mark.slow
 def test_density_of_what_a_query_may_not_see_is_not_counted():
     """MoBA in documents of 5: of its two blocks those with a key of its own document.
 
