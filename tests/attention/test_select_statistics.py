@@ -118,10 +118,14 @@ BY_KEYS = ("routing", "sample_attention", "vertical_slash")
 QUICK = ("moba", "s2_shards")
 
 
-@pytest.mark.parametrize(
-    "name",
-    [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in CASES],
-)
+def marked(name):
+    if name in QUICK:
+        return name
+    mark = pytest.mark.exhaustive if ", " in name else pytest.mark.slow
+    return pytest.param(name, marks=mark)
+
+
+@pytest.mark.parametrize("name", [marked(name) for name in CASES])
 def test_density_is_the_budget_and_recall_the_dense_truth(name):
     select, count, dense = CASES[name]
     query, key = oracle.heads(sum(map(ord, name)), b=2, t=T, s=T)
