@@ -6,10 +6,17 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, Shaped
+from jaxtyping import Array, Bool, Float, Int
 
 from sparsejax.attention._expressions import Expression, elements, from_array, gather
-from sparsejax.attention._lowering import grid, host, space, status
+from sparsejax.attention._lowering import (
+    Given,
+    as_array,
+    grid,
+    host,
+    space,
+    status,
+)
 
 
 class TransposedLists(NamedTuple):
@@ -72,7 +79,7 @@ class BlockMask:
     @classmethod
     def from_mask(
         cls,
-        mask: Shaped[Array, "..."] | Shaped[np.ndarray, "..."],
+        mask: Given,
         block_shape: tuple[int, int] = (128, 128),
         *,
         capacity: int | None = None,
@@ -98,14 +105,15 @@ class BlockMask:
           (Array([[[1, 2]]], dtype=int32), Array([0, 1], dtype=int32),
            Array([ True, False], dtype=bool))
         """
-        expr = from_array(mask)
-        t, s = mask.shape[-2:]
+        array = as_array("mask", mask)
+        expr = from_array(array)
+        t, s = array.shape[-2:]
         return block_mask(expr, t, s, block_shape=block_shape, capacity=capacity)
 
     @classmethod
     def from_blocks(
         cls,
-        block_map: Shaped[Array, "..."] | Shaped[np.ndarray, "..."],
+        block_map: Given,
         *,
         shape: tuple[int, int],
         block_shape: tuple[int, int],
@@ -130,17 +138,18 @@ class BlockMask:
         """
         shape, block_shape = _pair("shape", shape), _pair("block_shape", block_shape)
         size = grid(*shape, block_shape)
-        if block_map.ndim not in (2, 4) or block_map.dtype != np.bool_:
+        blocks = as_array("block_map", block_map)
+        if blocks.ndim not in (2, 4) or blocks.dtype != np.bool_:
             raise ValueError(
-                f"block_map: got dtype {block_map.dtype} and shape {block_map.shape}, "
+                f"block_map: got dtype {blocks.dtype} and shape {blocks.shape}, "
                 "needed bool [nq, nk] or [b|1, h|1, nq, nk]"
             )
-        if block_map.shape[-2:] != size:
+        if blocks.shape[-2:] != size:
             raise ValueError(
-                f"block_map: got {block_map.shape[-2:]} blocks, needed {size}: so many "
+                f"block_map: got {blocks.shape[-2:]} blocks, needed {size}: so many "
                 f"of {block_shape} cover {shape}"
             )
-        some = host(block_map if block_map.ndim == 4 else block_map[None, None])
+        some = host(blocks if blocks.ndim == 4 else blocks[None, None])
         every = some
         if expr is not None:
             inside, wholly = status(*gather(expr, *shape), block_shape)

@@ -133,6 +133,12 @@ def check_count(name: str, count: object, least: int = 1) -> None:
         raise ValueError(f"{name}: got {count!r}, needed an int, {least} at least")
 
 
+def check_counts(**counts: object) -> None:
+    """Raises ValueError unless each is an int and at least 1."""
+    for name, count in counts.items():
+        check_count(name, count)
+
+
 def check_range(name, value, needed, fits) -> None:
     """Raises ValueError for a concrete number that does not fit; tracers pass."""
     if isinstance(value, jax.core.Tracer):

@@ -5,14 +5,13 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Int
 
 from sparsejax.attention import _predicates as pred
 from sparsejax.attention._expressions import Expression, _taken, expression
-from sparsejax.attention._lowering import host
+from sparsejax.attention._lowering import Given, as_array, host
 
 
-def chosen_blocks(choices: Int[Array, "..."], size: int) -> Expression:
+def chosen_blocks(choices: Given, size: int) -> Expression:
     """Each query's own list of key blocks: j // size is in ``choices[.., i, :]``.
 
     One comparison of elements per entry of the list, so it is for short ones.
@@ -35,17 +34,18 @@ def chosen_blocks(choices: Int[Array, "..."], size: int) -> Expression:
              [1, 1, 0, 0],
              [1, 1, 1, 1]], dtype=int32)
     """
-    if choices.ndim != 4 or not jnp.issubdtype(choices.dtype, jnp.integer):
+    array = as_array("choices", choices)
+    if array.ndim != 4 or not jnp.issubdtype(array.dtype, jnp.integer):
         raise ValueError(
-            f"choices: got dtype {choices.dtype} and shape {choices.shape}, needed "
+            f"choices: got dtype {array.dtype} and shape {array.shape}, needed "
             "integers [b|1, h|1, t, count]"
         )
     if isinstance(size, bool) or not isinstance(size, int | np.integer) or size < 1:
         raise ValueError(f"size: got {size!r}, needed a positive int")
-    return _Chosen(choices.astype(jnp.int32), int(size))
+    return _Chosen(array.astype(np.int32), int(size))
 
 
-def chosen_keys(keys: Bool[Array, "..."]) -> Expression:
+def chosen_keys(keys: Given) -> Expression:
     """Keys that all queries may attend to: ``keys[.., j]``.
 
     Args:
@@ -63,17 +63,16 @@ def chosen_keys(keys: Bool[Array, "..."]) -> Expression:
       Array([[1, 0, 1],
              [1, 0, 1]], dtype=int32)
     """
-    if keys.ndim != 3 or keys.dtype != np.bool_:
+    array = as_array("keys", keys)
+    if array.ndim != 3 or array.dtype != np.bool_:
         raise ValueError(
-            f"keys: got dtype {keys.dtype} and shape {keys.shape}, needed bool "
+            f"keys: got dtype {array.dtype} and shape {array.shape}, needed bool "
             "[b|1, h|1, s]"
         )
-    return _ChosenKeys(keys)
+    return _ChosenKeys(array)
 
 
-def in_order(
-    query_positions: Int[Array, "..."], key_positions: Int[Array, "..."]
-) -> Expression:
+def in_order(query_positions: Given, key_positions: Given) -> Expression:
     """``causal`` for sequences that were permuted: a key is not after the query.
 
     Args:
@@ -93,13 +92,16 @@ def in_order(
              [0, 1, 0],
              [0, 1, 1]], dtype=int32)
     """
-    for name, array in (("query", query_positions), ("key", key_positions)):
+    positions = []
+    for name, given in (("query", query_positions), ("key", key_positions)):
+        array = as_array(f"{name}_positions", given)
         if array.ndim != 3 or not jnp.issubdtype(array.dtype, jnp.integer):
             raise ValueError(
                 f"{name}_positions: got dtype {array.dtype} and shape {array.shape}, "
                 "needed integers [b|1, h|1, length]"
             )
-    return _InOrder(query_positions.astype(jnp.int32), key_positions.astype(jnp.int32))
+        positions.append(array.astype(np.int32))
+    return _InOrder(*positions)
 
 
 @expression

@@ -11,10 +11,12 @@ from jaxtyping import Array, Bool, Shaped
 from sparsejax.attention import _predicates as pred
 from sparsejax.attention._lowering import (
     Gathered,
+    Given,
     Lowered,
     Number,
     View,
     along,
+    as_array,
     host,
     pick,
     space,
@@ -345,10 +347,7 @@ def sliding_window(w: Any, ahead: Any = None) -> Expression:
     )
 
 
-def segments(
-    query_ids: Shaped[Array, "..."] | Shaped[np.ndarray, "..."],
-    key_ids: Shaped[Array, "..."] | Shaped[np.ndarray, "..."] | None = None,
-) -> Expression:
+def segments(query_ids: Given, key_ids: Given | None = None) -> Expression:
     """Pairs of equal segment, as of documents packed into one row.
 
     Blocks of documents that do not meet are not computed, where ids are sorted.
@@ -368,9 +367,7 @@ def segments(
     return _Segments(_ids("query_ids", query_ids), keys)
 
 
-def from_array(
-    mask: Shaped[Array, "..."] | Shaped[np.ndarray, "..."],
-) -> Expression:
+def from_array(mask: Given) -> Expression:
     """A mask given in full.
 
     Args:
@@ -383,12 +380,13 @@ def from_array(
       ValueError: The mask is no boolean of two or four axes. On use: it is not
         ``[t, s]`` (or, shifted, too small).
     """
-    if mask.ndim not in (2, 4) or mask.dtype != np.bool_:
+    array = as_array("mask", mask)
+    if array.ndim not in (2, 4) or array.dtype != np.bool_:
         raise ValueError(
-            f"mask: got dtype {mask.dtype} and shape {mask.shape}, needed bool [t, s] "
-            "or [b|1, h|1, t, s]"
+            f"mask: got dtype {array.dtype} and shape {array.shape}, needed bool "
+            "[t, s] or [b|1, h|1, t, s]"
         )
-    return _Array(mask if mask.ndim == 4 else mask[None, None])
+    return _Array(array if array.ndim == 4 else array[None, None])
 
 
 def _taken(name: str, array: Any, at: View, axis: str, where: int) -> Any:
@@ -434,9 +432,9 @@ def checked_number(name: str, given: Any, least: int | None = None) -> Number:
         if least is not None and given < least:
             raise ValueError(f"{name}: got {given}, needed at least {least}")
         return given
-    array: Any = given
-    if not hasattr(array, "dtype") or not jnp.issubdtype(array.dtype, jnp.integer):
-        raise ValueError(f"{name}: got {array!r}, needed an int or an array of ints")
+    array = as_array(name, given)
+    if not jnp.issubdtype(array.dtype, jnp.integer):
+        raise ValueError(f"{name}: got {given!r}, needed an int or an array of ints")
     if array.ndim > 2:
         raise ValueError(f"{name}: got shape {array.shape}, needed [], [b] or [b, h]")
     if least is not None and not isinstance(array, jax.core.Tracer):
@@ -448,6 +446,7 @@ def checked_number(name: str, given: Any, least: int | None = None) -> Number:
 
 def _ids(name: str, ids: Any) -> Shaped[Any, "..."]:
     """Segment ids as int32 ``[b|1, 1, t]``."""
+    ids = as_array(name, ids)
     if ids.ndim not in (1, 2) or not jnp.issubdtype(ids.dtype, jnp.integer):
         raise ValueError(
             f"{name}: got dtype {ids.dtype} and shape {ids.shape}, needed integers "

@@ -10,7 +10,7 @@ import numpy as np
 
 from sparsejax.attention import _predicates as pred
 from sparsejax.attention._expressions import STATIC, Expression, expression
-from sparsejax.attention._lowering import grid, host, value
+from sparsejax.attention._lowering import as_array, grid, host, value
 
 
 @expression
@@ -104,7 +104,7 @@ def _by_tiles(fn, at, block_shape, b, h, queries, keys) -> tuple[Any, Any]:
 
 
 def _boolean(name: str, found: Any) -> Any:
-    found = found if hasattr(found, "dtype") else np.asarray(found)
+    found = as_array(name, found)
     if found.dtype != np.bool_:
         raise ValueError(f"{name}: got a result of {found.dtype}, needed bool")
     return host(found)

@@ -2,7 +2,7 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Shaped
+from jaxtyping import Array, Bool, Float, Shaped
 
 from sparsejax.attention._budget import check_count
 
@@ -66,6 +66,23 @@ def pool_blocks(
         counts = jnp.minimum(t - jnp.arange(n) * size, size).astype(jnp.float32)
         pooled = blocks.sum(axis=2) / counts[:, None, None]
     return jnp.moveaxis(pooled, 1, 2)
+
+
+def panels(x: Float[Array, "b t h d"], size: int) -> Float[Array, "n b size h d"]:
+    """Rows in blocks, in float32, with zeros beyond the last."""
+    b, t, h, d = x.shape
+    x = jnp.pad(x.astype(jnp.float32), ((0, 0), (0, -t % size), (0, 0), (0, 0)))
+    return jnp.moveaxis(x.reshape(b, -1, size, h, d), 1, 0)
+
+
+def largest_by_block(
+    x: Float[Array, "b h q s"], rows: Bool[Array, " q"], size: int
+) -> Float[Array, "b h nk"]:
+    """The largest entry of the rows that are True, in each block of columns."""
+    top = jnp.where(rows[:, None], x, -jnp.inf).max(axis=2)
+    pad = ((0, 0), (0, 0), (0, -x.shape[-1] % size))
+    top = jnp.pad(top, pad, constant_values=-jnp.inf)
+    return top.reshape(*top.shape[:2], -1, size).max(axis=-1)
 
 
 def pair_heads(

@@ -5,8 +5,8 @@ compiling anything; what is traced is computed by jnp. The operators are the sam
 """
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,8 @@ from sparsejax.attention import _predicates as pred
 
 # An int, or one per head, where they are static; else an int32 array [b|1, h|1].
 Number = Any
+# What is given as ids or masks: an array of either library, or nested lists.
+Given: TypeAlias = jax.Array | np.ndarray | Sequence[Any]
 
 
 class Lowered(NamedTuple):
@@ -126,6 +128,16 @@ def along(number: Number) -> Any:
     """``value`` with an axis for positions: int32 ``[b|1, h|1, 1]``, or an int."""
     found = value(number)
     return np.int32(found) if isinstance(found, int) else found[..., None]
+
+
+def as_array(name: str, given: Any) -> Any:
+    """What has been given, an array: what is none, such as a list, becomes numpy's."""
+    if hasattr(given, "dtype"):
+        return given
+    try:
+        return np.asarray(given)
+    except ValueError as error:
+        raise ValueError(f"{name}: got {given!r}, needed an array") from error
 
 
 def host(array: Any) -> Any:

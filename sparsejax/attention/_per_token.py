@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 from sparsejax.attention._block_mask import BlockMask
 from sparsejax.attention._chosen import chosen_blocks
 from sparsejax.attention._expressions import Expression
-from sparsejax.attention._heads import to_heads
+from sparsejax.attention._heads import panels, to_heads
 from sparsejax.attention._selection import Offset, allowed_blocks, of_heads
 from sparsejax.attention._stats import BlockStats, block_stats
 
@@ -39,11 +39,8 @@ def best_per_query(
       Blocks, forced ones first, then falling in score, ties to the lowest index; -1
       where a query has fewer than ``count`` to choose from.
     """
-    b, t, h, d = query.shape
-    bq, bk = block_shape
+    (b, t), (bq, bk) = query.shape[:2], block_shape
     n = -(-t // bq)
-    panels = jnp.pad(query, ((0, 0), (0, n * bq - t), (0, 0), (0, 0)))
-    panels = jnp.moveaxis(panels.reshape(b, n, bq, h, d), 1, 0)
     column = jnp.arange(nk, dtype=jnp.int32)
 
     def panel(x):
@@ -55,7 +52,7 @@ def best_per_query(
         value, blocks = jax.lax.top_k(worth, count)
         return jnp.where(value > -jnp.inf, blocks, -1)
 
-    blocks = jax.lax.map(panel, (jnp.arange(n, dtype=jnp.int32), panels))
+    blocks = jax.lax.map(panel, (jnp.arange(n, dtype=jnp.int32), panels(query, bq)))
     blocks = jnp.moveaxis(blocks, 0, 2)  # [b, m, n, bq, count]
     return blocks.reshape(b, -1, n * bq, count)[:, :, :t].astype(jnp.int32)
 
@@ -113,10 +110,10 @@ def _given(choices, mask, expr):
     """Blocks that were chosen, listed, and may be attended, over all: [b, m]."""
     (t, s), (bq, bk), (n, nk) = mask.shape, mask.block_shape, mask.grid
     b, m, _, count = choices.shape
-    panels = jnp.pad(
+    rows = jnp.pad(
         choices, ((0, 0), (0, 0), (0, n * bq - t), (0, 0)), constant_values=-1
     )
-    panels = jnp.moveaxis(panels.reshape(b, m, n, bq, count), 2, 0)
+    rows = jnp.moveaxis(rows.reshape(b, m, n, bq, count), 2, 0)
     listed = to_heads(mask.to_blocks(), m)
 
     def panel(x):
@@ -127,5 +124,5 @@ def _given(choices, mask, expr):
         found = jnp.take_along_axis(one, jnp.maximum(blocks, 0), axis=-1)
         return (found & (blocks >= 0)).sum(axis=(-2, -1), dtype=jnp.int32)
 
-    counts = jax.lax.map(panel, (jnp.arange(n, dtype=jnp.int32), panels)).sum(axis=0)
+    counts = jax.lax.map(panel, (jnp.arange(n, dtype=jnp.int32), rows)).sum(axis=0)
     return counts.astype(jnp.float32) / (t * nk)

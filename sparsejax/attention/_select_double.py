@@ -7,7 +7,13 @@ from jaxtyping import Array, Float, Int, Shaped
 from sparsejax.attention._block_mask import BlockMask
 from sparsejax.attention._budget import Budget, check_count
 from sparsejax.attention._expressions import Expression
-from sparsejax.attention._heads import check_pair, to_heads
+from sparsejax.attention._heads import (
+    check_pair,
+    largest_by_block,
+    panels,
+    to_heads,
+)
+from sparsejax.attention._lowering import Given, as_array
 from sparsejax.attention._selection import Offset, prepare, select
 from sparsejax.attention._stats import BlockStats
 
@@ -52,7 +58,7 @@ def label_channels(
 def double_sparsity(
     query: Shaped[Array, "..."],
     key: Shaped[Array, "..."],
-    channels: Shaped[Array, "..."],
+    channels: Given,
     *,
     block_shape: tuple[int, int] = (1, 16),
     budget: Budget,
@@ -106,7 +112,8 @@ def double_sparsity(
       <https://arxiv.org/abs/2408.07092>`_, 2024.
     """
     query, key, expr = prepare(query, key, block_shape, budget, expr, offset, capacity)
-    (bq, bk), (b, t, h, d), s = block_shape, query.shape, key.shape[1]
+    (bq, bk), (_, t, h, d) = block_shape, query.shape
+    channels = jnp.asarray(as_array("channels", channels))
     if (
         channels.ndim != 2
         or channels.shape[0] != h
@@ -122,22 +129,16 @@ def double_sparsity(
         channels[None, None],
         axis=-1,
     )
-    n, nk = -(-t // bq), -(-s // bk)
-    labels = jnp.pad(pick(query), ((0, 0), (0, n * bq - t), (0, 0), (0, 0)))
-    labels = jnp.moveaxis(labels.reshape(b, n, bq, h, -1), 1, 0)
-    keys = pick(key)
+    labels, keys = panels(pick(query), bq), pick(key)
 
     def panel(x):
         index, q = x
         logits = jnp.einsum(
             "bqhc,bshc->bhqs", q, keys, precision=jax.lax.Precision.HIGHEST
         )
-        real = index * bq + jnp.arange(bq) < t
-        top = jnp.where(real[:, None], logits, -jnp.inf).max(axis=2)
-        top = jnp.pad(top, ((0, 0), (0, 0), (0, nk * bk - s)), constant_values=-jnp.inf)
-        return top.reshape(b, h, nk, bk).max(axis=-1)
+        return largest_by_block(logits, index * bq + jnp.arange(bq) < t, bk)
 
-    scores = jax.lax.map(panel, (jnp.arange(n), labels))
+    scores = jax.lax.map(panel, (jnp.arange(len(labels)), labels))
     return select(
         query,
         key,

@@ -12,6 +12,7 @@ from sparsejax.attention._budget import (
     Budget,
     block_count,
     check_count,
+    check_counts,
 )
 from sparsejax.attention._expressions import Expression
 from sparsejax.attention._heads import pair_heads
@@ -59,8 +60,7 @@ def nsa_compress_init(
       ((32, 8), (8, 4))
     """
     hidden = 2 * head_dim if hidden is None else hidden
-    for name, size in (("head_dim", head_dim), ("length", length), ("hidden", hidden)):
-        check_count(name, size)
+    check_counts(head_dim=head_dim, length=length, hidden=hidden)
     one, two, three = jax.random.split(key, 3)
     fan_in = length * head_dim
     return NsaCompression(
@@ -264,7 +264,6 @@ def _overlaps(probs, nk, per_block, per_row):
 
 
 def _check_strides(length, stride):
-    check_count("length", length)
-    check_count("stride", stride)
+    check_counts(length=length, stride=stride)
     if length % stride:
         raise ValueError(f"length: got {length}, needed a multiple of stride {stride}")

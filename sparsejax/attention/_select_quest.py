@@ -7,6 +7,7 @@ from jaxtyping import Array, Shaped
 from sparsejax.attention._block_mask import BlockMask
 from sparsejax.attention._budget import Budget
 from sparsejax.attention._expressions import Expression
+from sparsejax.attention._heads import panels
 from sparsejax.attention._pages import PageSummary, check_pages, summarize_pages
 from sparsejax.attention._selection import Offset, prepare, select
 from sparsejax.attention._stats import BlockStats
@@ -79,9 +80,7 @@ def quest(
     # An empty page has no bound, where infinite extremes would make products of 0.
     some = pages.count[:, None] > 0
     low, high = (jnp.where(some[..., None], x, 0.0) for x in (pages.low, pages.high))
-    n = -(-t // bq)
-    panels = jnp.pad(query, ((0, 0), (0, n * bq - t), (0, 0), (0, 0)))
-    panels = panels.reshape(b, n, bq, g, h // g, d).astype(jnp.float32)
+    queries = panels(query, bq).reshape(-1, b, bq, g, h // g, d)
     exact = jax.lax.Precision.HIGHEST
 
     def panel(x):
@@ -94,7 +93,7 @@ def quest(
         bound = jnp.where(real[:, None], bound, -jnp.inf).max(axis=2)
         return jnp.where(some, bound, -jnp.inf)
 
-    scores = jax.lax.map(panel, (jnp.arange(n), jnp.moveaxis(panels, 1, 0)))
+    scores = jax.lax.map(panel, (jnp.arange(len(queries)), queries))
     return select(
         query,
         key,

@@ -5,7 +5,7 @@ import numpy as np
 from jaxtyping import Array, Shaped
 
 from sparsejax.attention._block_mask import BlockMask
-from sparsejax.attention._budget import check_count
+from sparsejax.attention._budget import check_count, check_counts
 from sparsejax.attention._expressions import Expression
 from sparsejax.attention._selection import Offset, allowed_blocks, of_heads, prepare
 from sparsejax.attention._stats import BlockStats, block_stats
@@ -77,8 +77,7 @@ def s2_shards(
       Lin et al., `S2-Attention: Hardware-Aware Context Sharding Among Attention Heads
       <https://arxiv.org/abs/2407.17678>`_, 2024.
     """
-    check_count("local", local)
-    check_count("stride", stride)
+    check_counts(local=local, stride=stride)
     query, key, expr = prepare(query, key, block_shape, 1, expr, offset, None)
     (bq, bk), heads, t, s = block_shape, query.shape[2], query.shape[1], key.shape[1]
     check_count("dense_heads", dense_heads, least=0)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
 from sparsejax.attention._block_mask import BlockMask
-from sparsejax.attention._budget import Budget, check_count
+from sparsejax.attention._budget import Budget, check_counts
 from sparsejax.attention._expressions import Expression
 from sparsejax.attention._heads import check_pair, pair_heads, pool_blocks
 from sparsejax.attention._selection import (
@@ -56,9 +56,7 @@ def seer_init(
       >>> gate.query.shape, gate.key.shape
       ((4, 8, 16), (2, 24, 16))
     """
-    sizes = dict(heads=heads, kv_heads=kv_heads, head_dim=head_dim, gate_dim=gate_dim)
-    for name, size in sizes.items():
-        check_count(name, size)
+    check_counts(heads=heads, kv_heads=kv_heads, head_dim=head_dim, gate_dim=gate_dim)
     if heads % kv_heads:
         raise ValueError(f"kv_heads: got {kv_heads}, needed a divisor of {heads}")
     if gate_dim % 2:

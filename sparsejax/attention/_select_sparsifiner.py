@@ -7,9 +7,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
 from sparsejax.attention._block_mask import BlockMask
-from sparsejax.attention._budget import Budget, check_count
+from sparsejax.attention._budget import Budget, check_counts
 from sparsejax.attention._expressions import Expression
-from sparsejax.attention._heads import check_pair, to_heads
+from sparsejax.attention._heads import (
+    check_pair,
+    largest_by_block,
+    panels,
+    to_heads,
+)
 from sparsejax.attention._selection import Offset, prepare, select
 from sparsejax.attention._stats import BlockStats
 
@@ -46,8 +51,7 @@ def sparsifiner_init(key: Array, *, length: int, rank: int = 32) -> Connectivity
       >>> found.down.shape, found.up.shape
       ((8, 64), (8, 64))
     """
-    check_count("length", length)
-    check_count("rank", rank)
+    check_counts(length=length, rank=rank)
     one, two = jax.random.split(key)
     return Connectivity(
         jax.random.normal(one, (rank, length)) * length**-0.5,
@@ -93,32 +97,26 @@ def sparsifiner_logits(
       [[0.5 1.5]]
     """
     check_pair(query, key, block_shape)
-    (bq, bk), (b, t, h, d), s = block_shape, query.shape, key.shape[1]
+    (bq, bk), (_, t, h, d), s = block_shape, query.shape, key.shape[1]
     down, up = (w.astype(jnp.float32) for w in connectivity)
     if down.ndim != 2 or down.shape != up.shape or down.shape[1] != s:
         raise ValueError(
             f"connectivity: got down {down.shape} and up {up.shape}, needed [rank, {s}]"
         )
     scale = d**-0.5 if scale is None else scale
-    n, nk = -(-t // bq), -(-s // bk)
     exact = jax.lax.Precision.HIGHEST
     few = jnp.einsum("rs,bsgd->bgrd", down, key.astype(jnp.float32), precision=exact)
     few = to_heads(few, h)
-    panels = jnp.pad(query, ((0, 0), (0, n * bq - t), (0, 0), (0, 0)))
-    panels = panels.reshape(b, n, bq, h, d).astype(jnp.float32)
+    queries = panels(query, bq)
 
     def panel(x):
         index, q = x
         logits = jnp.einsum("bqhd,bhrd->bhqr", q, few, precision=exact) * scale
         probs = jax.nn.softmax(logits, axis=-1)
         predicted = jnp.einsum("bhqr,rs->bhqs", probs, up, precision=exact)
-        real = index * bq + jnp.arange(bq) < t
-        top = jnp.where(real[:, None], predicted, -jnp.inf).max(axis=2)
-        rest = [(0, 0), (0, 0), (0, nk * bk - s)]
-        top = jnp.pad(top, rest, constant_values=-jnp.inf)
-        return top.reshape(b, h, nk, bk).max(axis=-1)
+        return largest_by_block(predicted, index * bq + jnp.arange(bq) < t, bk)
 
-    scores = jax.lax.map(panel, (jnp.arange(n), jnp.moveaxis(panels, 1, 0)))
+    scores = jax.lax.map(panel, (jnp.arange(len(queries)), queries))
     return jnp.moveaxis(scores, 0, 2)
 
 

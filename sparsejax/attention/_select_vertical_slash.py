@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Shaped
 
 from sparsejax.attention._block_mask import BlockMask
-from sparsejax.attention._budget import check_count
+from sparsejax.attention._budget import check_count, check_counts
 from sparsejax.attention._chosen import chosen_blocks
 from sparsejax.attention._expressions import Expression
 from sparsejax.attention._lines import (
@@ -87,8 +87,7 @@ def vertical_slash(
       Dynamic Sparse Attention <https://arxiv.org/abs/2407.02490>`_, 2024.
     """
     query, key, expr = prepare(query, key, block_shape, 1, expr, offset, capacity)
-    for name, count in (("vertical", vertical), ("slash", slash), ("last", last)):
-        check_count(name, count)
+    check_counts(vertical=vertical, slash=slash, last=last)
     check_count("initial", initial, least=0)
     bk, t, s = block_shape[1], query.shape[1], key.shape[1]
     last = min(last, t)

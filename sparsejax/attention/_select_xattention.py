@@ -7,6 +7,7 @@ from jaxtyping import Array, Shaped
 from sparsejax.attention._block_mask import BlockMask
 from sparsejax.attention._budget import Budget, check_count
 from sparsejax.attention._expressions import Expression
+from sparsejax.attention._heads import panels
 from sparsejax.attention._lines import by_block
 from sparsejax.attention._selection import (
     Offset,
@@ -94,21 +95,15 @@ def xattention(
     scale = d**-0.5 if scale is None else scale
     nq, nk, tiles = -(-t // bq), -(-s // bk), -(-s // stride)
 
-    def strided(x, n):
-        x = jnp.pad(
-            x.astype(jnp.float32), ((0, 0), (0, n - x.shape[1]), (0, 0), (0, 0))
-        )
-        return x.reshape(b, n // stride, stride, *x.shape[2:])
-
-    # [b, tile, row, heads, d], and of queries in panels.
-    keys = strided(key, tiles * stride)
-    queries = strided(query, nq * bq)[:, :, ::-1]
-    queries = queries.reshape(b, nq, bq // stride, stride, g, h // g, d)
+    # Rows of tiles: [tile, b, stride, g, d]; of queries, turned round, in panels.
+    keys = panels(key, stride)
+    queries = panels(query, bq).reshape(nq, b, bq // stride, stride, g, h // g, d)
+    queries = queries[:, :, :, ::-1]
 
     def panel(x):
         index, q = x
         logits = jnp.einsum(
-            "bIrgnd,bJrgd->bgnIJ", q, keys, precision=jax.lax.Precision.HIGHEST
+            "bIrgnd,Jbrgd->bgnIJ", q, keys, precision=jax.lax.Precision.HIGHEST
         ).reshape(b, h, bq // stride, tiles)
         seen = expr.shift(queries=index * bq)
         seen = of_heads(allowed_blocks(seen, bq, s, (stride, stride)), h)
@@ -118,7 +113,7 @@ def xattention(
         return by_block(mass, bk // stride)
 
     index = jnp.arange(nq, dtype=jnp.int32)
-    mass = jax.lax.map(panel, (index, jnp.moveaxis(queries, 1, 0)))
+    mass = jax.lax.map(panel, (index, queries))
     mass = jnp.moveaxis(mass, 0, 2)
     first = jnp.arange(nk) == 0
     return select(

@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from sparsejax.attention._block_mask import BlockMask
 from sparsejax.attention._expressions import Expression, everything
-from sparsejax.attention._heads import check_pair, to_heads
+from sparsejax.attention._heads import check_pair, panels, to_heads
 from sparsejax.attention._softmax import softmax_over
 
 
@@ -216,8 +216,7 @@ def _over_panels(fn, query, key, mask, dense, scale):
     g = key.shape[2]
     scale = d**-0.5 if scale is None else scale
     n = -(-t // bq)
-    query = jnp.pad(query, ((0, 0), (0, n * bq - t), (0, 0), (0, 0)))
-    query = query.reshape(b, n, bq, g, h // g, d).astype(jnp.float32)
+    query = panels(query, bq).reshape(n, b, bq, g, h // g, d)
     key = key.astype(jnp.float32)
     allows, chosen = element_rows(dense, t, s, h), _mask_panels(mask, h)
 
@@ -232,7 +231,7 @@ def _over_panels(fn, query, key, mask, dense, scale):
         return fn(_Panel(logits, allowed, chosen(index) & allowed, queries))
 
     index = jnp.arange(n, dtype=jnp.int32)
-    return jax.lax.map(panel, (index, jnp.moveaxis(query, 1, 0)))
+    return jax.lax.map(panel, (index, query))
 
 
 def _mask_panels(mask, h):

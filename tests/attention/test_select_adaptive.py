@@ -49,7 +49,7 @@ def tiles(query, key, stride):
     return probs
 
 
-@pytest.mark.parametrize("p", [0.7, pytest.param(0.3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("p", [0.7, pytest.param(0.3, marks=pytest.mark.exhaustive)])
 def test_xattention_equals_the_rule(p):
     """Block 0 and the own ones first; their mass counts. 21 is no multiple of 2."""
     query, key = oracle.heads(1, b=1)
@@ -125,7 +125,7 @@ def flex_rule(query, key, shape, last, alpha, least, taus):
 
 @pytest.mark.parametrize(
     "shape, last, least",
-    [((4, 3), 5, 1), pytest.param((3, 4), 4, 2, marks=pytest.mark.slow)],
+    [((4, 3), 5, 1), pytest.param((3, 4), 4, 2, marks=pytest.mark.exhaustive)],
 )
 def test_flex_prefill_equals_the_rule(shape, last, least):
     """Two heads take lines and two take blocks, by a tau between their divergences."""
@@ -151,7 +151,10 @@ def test_flex_prefill_equals_the_rule(shape, last, least):
 
 @pytest.mark.parametrize(
     "window, w, alpha",
-    [(3, 3, 0.6), pytest.param(0.2, 4, 0.9, marks=pytest.mark.slow)],  # 0.2 * 21 = 4.2
+    [
+        (3, 3, 0.6),
+        pytest.param(0.2, 4, 0.9, marks=pytest.mark.exhaustive),
+    ],  # 0.2 * 21 = 4.2
 )
 def test_sample_attention_equals_the_rule(window, w, alpha):
     """Of 21 queries those at 0, 4, ... 20 are sampled."""

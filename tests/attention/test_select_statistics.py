@@ -115,13 +115,17 @@ CASES = {
     ),
 }
 BY_KEYS = ("routing", "sample_attention", "vertical_slash")
-QUICK = ("moba", "s2_shards", "vertical_slash")
+QUICK = ("moba", "s2_shards")
 
 
-@pytest.mark.parametrize(
-    "name",
-    [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in CASES],
-)
+def marked(name):
+    if name in QUICK:
+        return name
+    mark = pytest.mark.exhaustive if ", " in name else pytest.mark.slow
+    return pytest.param(name, marks=mark)
+
+
+@pytest.mark.parametrize("name", [marked(name) for name in CASES])
 def test_density_is_the_budget_and_recall_the_dense_truth(name):
     select, count, dense = CASES[name]
     query, key = oracle.heads(sum(map(ord, name)), b=2, t=T, s=T)
@@ -143,6 +147,7 @@ def test_density_is_the_budget_and_recall_the_dense_truth(name):
         assert (stats.density * T * T <= 3 * 7 * 7).all()
 
 
+@pytest.mark.slow
 def test_density_of_what_a_query_may_not_see_is_not_counted():
     """MoBA in documents of 5: of its two blocks those with a key of its own document.
 

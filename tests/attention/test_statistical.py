@@ -53,6 +53,7 @@ def test_equals_the_rule_and_its_slope(rest):
         np.testing.assert_allclose(grad[i, j], slope, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_keeps_about_as_many_as_asked_for():
     """Of 4096 Gaussian rows of 256, in the mean."""
     x = np.float32(np.random.default_rng(1).standard_normal((4096, 256)) * 3 + 7)
