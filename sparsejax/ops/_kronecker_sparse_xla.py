@@ -105,25 +105,25 @@ def _block_by_block(x, *factors):
 def _over_tiles(x, *factors):
     """Block by block too, but a tile of rows at a time through all factors."""
     (m, n), (a, d, _, b) = x.shape, factors[-1].shape
-    wide, widths = accumulator(x.dtype), [Pattern.of(f).out_size for f in factors]
-    tile = tile_rows(m, n, *widths)
+    tile = tile_rows(m, n, *(Pattern.of(factor).out_size for factor in factors))
     pairs = itertools.pairwise(factors)
     factors = *(_in_runs(one, after) for one, after in pairs), factors[-1]
-    factors = [factor.astype(wide) for factor in factors]
+    # Before the loop: XLA writes a slice of bfloat16 by converting the whole array.
+    wide, dtype = accumulator(x.dtype), x.dtype
+    x, *factors = (array.astype(wide) for array in (x, *factors))
 
     def step(i, y):
         # The last tile overlaps the one before it and writes the same values again.
-        rows = [
-            jnp.minimum((i * _AT_WORK + j) * tile, m - tile) for j in range(_AT_WORK)
-        ]
-        tiles = [lax.dynamic_slice(x, (row, 0), (tile, n)) for row in rows]
-        tiles = [_tile(x_i.astype(wide), factors).astype(x.dtype) for x_i in tiles]
+        first = i * _AT_WORK
+        rows = [jnp.minimum((first + j) * tile, m - tile) for j in range(_AT_WORK)]
+        tiles = [_tile(lax.dynamic_slice(x, (o, 0), (tile, n)), factors) for o in rows]
         for row, y_i in zip(rows, tiles, strict=True):
             y = lax.dynamic_update_slice(y, y_i, (row, 0))
         return y
 
-    y = vary_alike(jnp.zeros((m, a * b * d), x.dtype), x)[0]
-    return lax.fori_loop(0, -(-m // (tile * _AT_WORK)), step, y)
+    y = vary_alike(jnp.zeros((m, a * b * d), wide), x)[0]
+    y = lax.fori_loop(0, -(-m // (tile * _AT_WORK)), step, y)
+    return y.astype(dtype)
 
 
 def tile_rows(m: int, *widths: int) -> int:
