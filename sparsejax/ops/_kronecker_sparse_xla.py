@@ -3,13 +3,14 @@
     product   y[i, o, k] = sum_j x[i, j, k] factor[i, k, j, o]       factor after factor
     sampled   factor[i, k, j, o] = sum of x[i, j, k] y[i, o, k] over the rows
 
-On a CPU, a product of several factors, many rows and small blocks goes in a loop over
-tiles of rows that stay in cache, all factors within: a tile is turned by the first
-product, so that what is between two factors moves in runs, and is turned back at the
-end. Other products go factor by factor, the blocks outermost. Bfloat16 and float16
-become float32 there. Elsewhere, one einsum per factor. Not differentiable in reverse
-mode; it sits inside the operators' ``custom_vjp``.
+On a CPU, a product goes block by block, the blocks outermost; one of several factors,
+many rows and small blocks in a loop over tiles of rows that stay in cache from x to y,
+where columns are arranged so that what is between two factors moves in runs. Bfloat16
+and float16 become float32 there. Elsewhere, one einsum per factor. Not differentiable
+in reverse mode; it sits inside the operators' ``custom_vjp``.
 """
+
+import itertools
 
 import jax.numpy as jnp
 from jax import lax
@@ -102,44 +103,77 @@ def _block_by_block(x, *factors):
 
 
 def _over_tiles(x, *factors):
+    """Block by block too, but a tile of rows at a time through all factors."""
     (m, n), (a, d, _, b) = x.shape, factors[-1].shape
-    wide = accumulator(x.dtype)
-    factors = [factor.astype(wide) for factor in factors]
     tile = tile_rows(m, n, *(Pattern.of(factor).out_size for factor in factors))
-    at_work = min(_AT_WORK, -(-m // tile))
+    pairs = itertools.pairwise(factors)
+    factors = *(_in_runs(one, after) for one, after in pairs), factors[-1]
+    # Before the loop: XLA writes a slice of bfloat16 by converting the whole array.
+    wide, dtype = accumulator(x.dtype), x.dtype
+    x, *factors = (array.astype(wide) for array in (x, *factors))
 
     def step(i, y):
         # The last tile overlaps the one before it and writes the same values again.
-        rows = [jnp.minimum((i * at_work + j) * tile, m - tile) for j in range(at_work)]
-        tiles = [lax.dynamic_slice(x, (row, 0), (tile, n)) for row in rows]
-        tiles = [_tile(x_i.astype(wide), factors).astype(x.dtype) for x_i in tiles]
-        # Else each is written where it is turned, one after the other.
-        for row, y_i in zip(rows, lax.optimization_barrier(tiles), strict=True):
+        first = i * _AT_WORK
+        rows = [jnp.minimum((first + j) * tile, m - tile) for j in range(_AT_WORK)]
+        tiles = [_tile(lax.dynamic_slice(x, (o, 0), (tile, n)), factors) for o in rows]
+        for row, y_i in zip(rows, tiles, strict=True):
             y = lax.dynamic_update_slice(y, y_i, (row, 0))
         return y
 
-    y = vary_alike(jnp.zeros((m, a * b * d), x.dtype), x)[0]
-    return lax.fori_loop(0, -(-m // (tile * at_work)), step, y)
+    y = vary_alike(jnp.zeros((m, a * b * d), wide), x)[0]
+    y = lax.fori_loop(0, -(-m // (tile * _AT_WORK)), step, y)
+    return y.astype(dtype)
 
 
 def tile_rows(m: int, *widths: int) -> int:
-    """An odd multiple of 16: a column of a tile is then in many sets of a cache."""
-    return min(m, _TILE // max(widths) // 32 * 32 + 16)
+    """Tiles of a step share the rows; an odd number puts columns in many cache sets."""
+    steps = -(-m * max(widths) // (_TILE * _AT_WORK))
+    return min(m, -(-m // (steps * _AT_WORK)) | 1)
 
 
 def _tile(x, factors):
-    """All factors' product of a few rows, with the rows innermost on the way."""
+    """All factors' product of a few rows, the blocks outermost on the way.
+
+    The columns of all factors but the last are those of ``_in_runs``.
+    """
     a, d, c, _ = factors[0].shape
-    x = x.reshape(-1, a, c, d).transpose(1, 3, 0, 2)
-    y = _blocks(factors[0], x, 3)
-    for factor in factors[1:]:
-        a, d, c, _ = factor.shape
-        y = y.transpose(0, 2, 1, 3).reshape(a, c, d, -1)
-        y = _blocks(factor, y.transpose(0, 2, 1, 3), 2)
-    rows = y.shape[-1]
-    return y.transpose(3, 0, 2, 1).reshape(rows, -1)
+    y = _blocks(x.reshape(-1, a, c, d).transpose(1, 3, 0, 2), factors[0])
+    for one, after in itertools.pairwise(factors):
+        y = _blocks(_regrouped(y, one, after), after)
+    return y.transpose(2, 0, 3, 1).reshape(x.shape[0], -1)
 
 
-def _blocks(factor, x, axis):
-    """[a, d, b, rows]: each block's product, c being that axis of x [a, d, ., .]."""
-    return lax.dot_general(factor, x, (((2,), (axis,)), ((0, 1), (0, 1))))
+def _blocks(x, factor):
+    """[a, d, rows, b]: each block's product, of x [a, d, rows, c]."""
+    return lax.dot_general(x, factor, (((3,), (2,)), ((0, 1), (0, 1))))
+
+
+def _regrouped(y, one, after):
+    """What a factor gave, [a, d, rows, b], as the next takes it, [i, j, rows, c]."""
+    (a, d, _, b), (i, j, c, _) = one.shape, after.shape
+    if runs := _runs(one, after):
+        y = y.reshape(i, a // i, d, -1, runs, b // runs).transpose(0, 4, 2, 3, 1, 5)
+        return y.reshape(i, j, -1, c)
+    return y.transpose(2, 0, 3, 1).reshape(-1, i, c, j).transpose(1, 3, 0, 2)
+
+
+def _in_runs(one, after):
+    """A factor, those columns of a block side by side that go to one block of the next.
+
+    What is between the two products then moves in runs, not an entry at a time.
+    """
+    a, d, c, b = one.shape
+    runs = _runs(one, after) or 1
+    return one.reshape(a, d, c, b // runs, runs).swapaxes(3, 4).reshape(one.shape)
+
+
+def _runs(one, after):
+    """How many blocks of the next factor a block's columns go to; 0: in no such order.
+
+    Entries (a, b, d) of a row, a = (i, g) and b = (h, run), are to be the next factor's
+    (i, c, j) with c = (g, h) and j = (run, d).
+    """
+    (a, d, _, b), (i, j, _, _) = one.shape, after.shape
+    fits = a % i == 0 and j % d == 0 and b % (j // d) == 0
+    return j // d if fits else 0

@@ -162,15 +162,25 @@ def test_random_rectangular_shapes():
             assert_close(*triple)
 
 
-def test_loop_over_tiles(monkeypatch):
-    """The CPU's form of many rows: 48 at a time, of which 300 are no multiple."""
+# Chains whose factors' columns go to the next in runs (of 2, then of 3), and do not.
+CHAINS = {
+    "in_runs": [(4, 1, 3, 4), (2, 2, 4, 6), (1, 4, 6, 2)],
+    "in_no_order": [(3, 2, 2, 2), (1, 3, 4, 5)],
+}
+
+
+@pytest.mark.parametrize("chain", CHAINS)
+def test_loop_over_tiles(monkeypatch, chain):
+    """The CPU's form of many rows: 39 at a time, of which 300 are no multiple."""
     monkeypatch.setattr(_kronecker_sparse_xla, "_TILE", 48 * 24)
+    assert _kronecker_sparse_xla.tile_rows(300, 24, 12, 15) == 39
     rng = np.random.default_rng(6)
     draw = lambda *s: jnp.asarray(rng.standard_normal(s), "float32")
-    x, pair = draw(300, 24), (draw(3, 2, 4, 2), draw(1, 3, 4, 5))
-    assert _kronecker_sparse_xla.tile_rows(300, 24, 12, 15) == 48
-    y = _kronecker_sparse_xla._over_tiles(x, *pair)
-    want = f64(x) @ dense(f64(pair[0])) @ dense(f64(pair[1]))
+    x, factors = draw(300, 12), [draw(*shape) for shape in CHAINS[chain]]
+    y = jax.jit(_kronecker_sparse_xla._over_tiles)(x, *factors)
+    want = f64(x)
+    for factor in factors:
+        want = want @ dense(f64(factor))
     np.testing.assert_allclose(y, want, atol=1e-4)
 
 
