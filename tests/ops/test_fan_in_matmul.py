@@ -38,7 +38,7 @@ def case(name):
     rng = np.random.default_rng(sum(map(ord, name)))
     draw = lambda *s: jnp.asarray(rng.standard_normal(s), dtype)
     indices = np.argsort(rng.random((n, k)), axis=1)[:, :fan_in]  # unsorted too
-    return draw(rows, k), draw(n, fan_in), jnp.asarray(indices), draw(rows, n)
+    return draw(rows, k), draw(n, fan_in), jnp.asarray(indices, "int32"), draw(rows, n)
 
 
 @pytest.fixture
