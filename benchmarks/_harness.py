@@ -139,7 +139,8 @@ def save(
 ) -> pathlib.Path:
     """Writes `results/<benchmark>.<platform>.json`, or `path`; returns the path.
 
-    `summary` holds numbers derived from the times, such as an amortized ratio.
+    `summary` holds numbers derived from the times, such as an amortized ratio. Cases
+    that ran in another number of rounds than `base` have no ratio to it.
     """
     env = environment()
     path = pathlib.Path(path or RESULTS / f"{benchmark}.{env['platform']}.json")
@@ -151,7 +152,11 @@ def save(
             "median_s": t.median,
             "iqr_s": t.iqr,
             "rounds": len(t.rounds),
-            f"ratio_to_{base}": ratio(times, name, base),
+            **(
+                {f"ratio_to_{base}": ratio(times, name, base)}
+                if len(t.rounds) == len(times[base].rounds)
+                else {}
+            ),
         }
         for name, t in times.items()
     ]

@@ -1,13 +1,18 @@
 """What `sparsify` adds to training, mask updates included.
 
-A case runs `--every` consecutive steps, exactly one of which updates the masks, and the
-ratio is to the same steps by plain AdamW in the same rounds. Three kinds of step:
+Of `--every` steps exactly one updates the masks, and the ratio is to the same steps by
+plain AdamW in the same rounds. Three kinds of step:
 
-    optimizer    `tx.update` and `optax.apply_updates` alone, on gradients that change
+    optimizer    `tx.update` and `optax.apply_updates` alone
     donated      the same, parameters and state donated: nothing is allocated, and the
                  bytes of the masks show as nowhere else
     train step   donated, with the gradient of an MLP of four layers on `--batch` rows:
                  what a user's loop runs
+
+The first allocates, which costs most of its time and half as much again at some times
+as at others: a round runs single steps, with and without an update of the masks, by one
+transformation after the other, and adds them up, `--every` - 1 and 1. What is donated
+can be used but once: there a round runs all steps one after the other.
 
 The last with few updaters and the first size of `--train-rows` only: seconds a case.
 
@@ -17,6 +22,7 @@ The last with few updaters and the first size of `--train-rows` only: seconds a 
 """
 
 import argparse
+import statistics
 import time
 
 import jax
@@ -82,6 +88,35 @@ def steps(name, tx, params, batches, gradient, every, donate):
     return Case(name, run, compile_s)
 
 
+def one_step(name, tx, params, batches, gradient, begin):
+    """Cases of a step that leaves the masks alone, and of the one that updates them."""
+
+    def step(params, state, batch):
+        updates, state = tx.update(gradient(params, batch), state, params)
+        return optax.apply_updates(params, updates), state
+
+    start = time.perf_counter()
+    first = params, tx.init(params)
+    program = jax.jit(step).lower(*first, batches[0]).compile()
+    compile_s = time.perf_counter() - start
+    before = program(*first, batches[0])
+    update = first
+    for i in range(begin):
+        update = program(*update, batches[i % len(batches)])
+    yield Case(name, lambda: program(*before, batches[1]), compile_s)
+    yield Case(f"{name}, update", lambda: program(*update, batches[1]), compile_s)
+
+
+def amortized(timed, name, base, every):
+    """Median over rounds of the ratio of `every` steps, one of which is an update."""
+    of = lambda name: zip(
+        timed[name].rounds, timed[f"{name}, update"].rounds, strict=True
+    )
+    total = lambda step, update: (every - 1) * step + update
+    pairs = zip(of(name), of(base), strict=True)
+    return statistics.median(total(*one) / total(*other) for one, other in pairs)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument(
@@ -130,15 +165,33 @@ def main():
 
     summary, times = {}, {}
     for kind, params, batches, gradient, donate in settings():
+        base = f"{kind}: adamw"
+        if not donate:
+            cases = [
+                case
+                for name, tx in transformations(args.sparsity, args.every)
+                for case in one_step(
+                    f"{kind}: {name}", tx, params, batches, gradient, args.every // 2
+                )
+            ]
+            timed = interleave(cases, rounds=8 * args.rounds, warmup=1)
+            print(table(timed, base=base))
+            for case in cases[2::2]:
+                found = amortized(timed, case.name, base, args.every)
+                print(f"{case.name}: {found:.3f} of AdamW, updates amortized")
+                summary[case.name] = found
+            times |= timed
+            del cases
+            continue
         cases = [
             steps(f"{kind}: {name}", tx, params, batches, gradient, args.every, donate)
             for name, tx in transformations(args.sparsity, args.every)
             if "train step" not in kind or name in IN_TRAIN_STEP
         ]
         timed = interleave(cases, rounds=args.rounds, warmup=1)
-        print(table(timed, base=f"{kind}: adamw"), flush=True)
+        print(table(timed, base=base), flush=True)
         for case in cases[1:]:
-            summary[case.name] = ratio(timed, case.name, f"{kind}: adamw")
+            summary[case.name] = ratio(timed, case.name, base)
         times |= timed
         del cases
     rows = args.rows[-1]
