@@ -183,6 +183,25 @@ def test_sample_attention_equals_the_rule(window, w, alpha):
 
 
 @pytest.mark.parametrize(
+    "select, options",
+    [
+        (at.flex_prefill, dict(alpha=0.5, tau=0.0, last=5)),
+        (at.sample_attention, dict(alpha=0.3, window=4, stride=T)),
+        (at.vertical_slash, dict(vertical=2, slash=2, last=5, initial=0)),
+    ],
+)
+def test_lines_of_the_last_queries(select, options):
+    """Queries 12 to 20 alone, at a traced offset, as in the whole: those that tell."""
+    query, key = oracle.heads(8, b=1)
+    options |= dict(block_shape=(4, 3))
+    whole = oracle.lists(select, query, key, **options).to_mask()[:, :, 12:]
+    one = jax.jit(lambda q, n: select(q, key, offset=n, **options)[0].to_mask())
+    seen = CAUSAL[12:]
+    assert (np.asarray(whole) != seen).any((-2, -1)).sum() > 1  # heads
+    np.testing.assert_array_equal(one(query[:, 12:], 12), whole)
+
+
+@pytest.mark.parametrize(
     "select, change, match",
     [
         (at.xattention, dict(budget=2, stride=3), "block_shape: got"),
