@@ -13,7 +13,8 @@ interpret)`` -> (out, lse)
     block_bias float32 [mask_b or 1, h, mask_h or 1, nq, capacity], or None
     page_table int32 [b, nk], or None: then k and v are pages [pages, h_kv, block_k, d],
              and key block j of a sequence lies in page page_table[b, j]
-    out      [b, h, t, dv] of q's dtype              lse float32 [b, h, t]
+    out      [b, h, t, dv] of q's dtype, or float32 where config.exact
+    lse      float32 [b, h, t]
 
         z = scale * q . k,  z = soft_cap * tanh(z / soft_cap),  z += the block's bias
         lse = log(sum over allowed j of exp(z)),    out = sum of exp(z - lse) v
@@ -42,6 +43,8 @@ block_bias, config, interpret)`` -> (dk, dv)
                dk = scale * sum over i of dz q,  dv = sum over i of p dout
 
 Sums are float32; p and dz are rounded to the arrays' dtype before they are multiplied.
+Where config.exact, the forward kernel multiplies what p loses by rounding as well, and
+does not round out: delta = dout . out is then as good as the p that dz is made of.
 """
 
 import dataclasses
@@ -99,6 +102,7 @@ class Problem:
     soft_cap: bool = False
     bias: bool = False
     paged: bool = False
+    exact: bool = False
 
     def __str__(self):
         return (
@@ -122,6 +126,7 @@ class Config:
     tile: GPU: positions that one step meets, of a listed block.
     warpgroups: GPU: warpgroups that compute, 64 rows each.
     split: GPU, backward: two warpgroups have the same rows, and each some of the sums.
+    exact: forward: out is float32, of probabilities of twice the dtype's digits.
     """
 
     keys: int
@@ -135,6 +140,7 @@ class Config:
     tile: int = 64
     warpgroups: int = 1
     split: bool = False
+    exact: bool = False
 
 
 # --- TPU: Pallas Mosaic -------------------------------------------------------------
@@ -207,6 +213,7 @@ def config_mosaic_tpu(problem: Problem, chip: str | None) -> Config:
         problem.block_q,
         problem.block_k,
         rows=_TPU_CHUNK if problem.op == "forward" else _TPU_CHUNK // 2,
+        exact=problem.exact,
     )
     for group in heads:
         wide = rows * group if problem.op == "backward_kv" else rows
@@ -239,6 +246,8 @@ def vmem_mosaic_tpu(problem: Problem, config: Config) -> int:
         if problem.op == "backward_q":
             tiles, sums = tiles + 2 * rows * d, rows * d
             lines += 2
+        if config.exact:
+            sums += rows * dv
         elements = keys * problem.cols * line + rows * lines * (line + column)
         height, width = min(config.rows, rows), keys
     elements += 2 * problem.dense * rows * keys
@@ -309,7 +318,9 @@ def config_mosaic_gpu(problem: Problem, chip: str | None) -> Config:
     both = 2 if split else across * group
     tile = _hopper_tile(problem)
     tile = tile if step % tile == 0 and both == 2 else min(tile, 64)
-    config = Config(problem.s, problem.block_q, problem.block_k, split=split)
+    config = Config(
+        problem.s, problem.block_q, problem.block_k, split=split, exact=problem.exact
+    )
     for warpgroups in (2,) if split else (both, 1):
         for stages in (4, 3, 2):
             config = dataclasses.replace(
@@ -334,7 +345,7 @@ def _hopper_tile(problem: Problem) -> int:
     asked = problem.rows + problem.cols + problem.scalars + problem.dense > 0
     more = asked + (problem.soft_cap or problem.bias)
     if problem.op == "forward":
-        if max(d, dv) <= (64 if asked else 128):
+        if max(d, dv) <= (64 if asked else 128) and not problem.exact:
             return 128
         return 32 if dv > 192 and asked else 64
     if problem.op == "backward_q":

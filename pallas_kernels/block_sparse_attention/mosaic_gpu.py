@@ -105,7 +105,8 @@ def forward(
         interpret: True or ``plgpu.InterpretGPUParams`` to simulate, from jax 0.11 on.
 
     Returns:
-        out [b, h, t, dv] of q's dtype; lse, float32 [b, h, t].
+        out [b, h, t, dv] of q's dtype, or float32 if ``config.exact``; lse, float32
+        [b, h, t].
     """
     (b, h, t, d), dv = q.shape, v.shape[3]
     shape, warpgroups = (ROWS, config.tile), config.warpgroups
@@ -141,12 +142,15 @@ def forward(
             total = total * fade + p.sum(axis=1)
             out = out * spread(fade, out.shape, 0)
             left = p.astype(v.dtype)
+            # What rounding took, as a second left operand.
+            rest = (p - left.astype(p.dtype)).astype(v.dtype) if config.exact else None
             if turn is not None:
                 plgpu.barrier_arrive(turn)
             streams[1].wait(slot)
             if turn is not None:
                 plgpu.barrier_wait(turn)
-            out = accumulate(out, left_operand(left, spare, mine), v_smem.at[slot])
+            for part in (left,) if rest is None else (left, rest):
+                out = accumulate(out, left_operand(part, spare, mine), v_smem.at[slot])
             streams[1].release(slot)
             return out, higher, total
 
@@ -159,13 +163,18 @@ def forward(
             pl.when(mine == 0)(lambda: take_turns(turn))
             some = jnp.where(total > 0, total, jnp.ones_like(total))
             result_smem = q_smem if out_smem is None else out_smem
-            result_smem[mine] = (out / spread(some, out.shape, 0)).astype(q.dtype)
+            out = out / spread(some, out.shape, 0)
+            rounded = out.astype(q.dtype)
+            result_smem[mine] = rounded
             lse_smem[mine] = high * (1 / LOG2E) + jnp.log(total)
             rows = place.batch, place.head, pl.ds(place.row, ROWS)
             store(
                 (result_smem.at[mine], outs[0].at[rows]),
                 (lse_smem.at[mine], outs[1].at[rows]),
             )
+            if config.exact:
+                result_smem[mine] = (out - rounded.astype(out.dtype)).astype(q.dtype)
+                store((result_smem.at[mine], outs[2].at[rows]))
 
         run_warpgroups(place, walk, fetch, compute, streams, config)
 
@@ -175,13 +184,15 @@ def forward(
         plgpu.Barrier(num_arrivals=2) if warpgroups == 2 else None,
         spare_tiles(q.dtype, config, interpret),
     ]
-    out, lse = launch(
+    outs = [
+        jax.ShapeDtypeStruct((b, h, t, dv), q.dtype),
+        jax.ShapeDtypeStruct((b, h, t), jnp.float32),
+    ]
+    out, lse, *rest = launch(
         body,
         ins,
-        [
-            jax.ShapeDtypeStruct((b, h, t, dv), q.dtype),
-            jax.ShapeDtypeStruct((b, h, t), jnp.float32),
-        ],
+        # Two numbers of 16 bits leave through the buffer that one does.
+        [*outs, outs[0]] if config.exact else outs,
         home=row_buffers([d], 0, elements.rows, q.dtype, config),
         streams=key_streams(d, dv, elements, q.dtype, config),
         own=own,
@@ -190,4 +201,6 @@ def forward(
         config=config,
         interpret=interpret,
     )
+    if rest:
+        out = out.astype(jnp.float32) + rest[0].astype(jnp.float32)
     return out, lse

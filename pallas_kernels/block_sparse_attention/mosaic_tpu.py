@@ -100,7 +100,8 @@ def forward(
         interpret: True or ``pltpu.InterpretParams()`` to run without a TPU.
 
     Returns:
-        ``[b, h, t, dv]`` of q's dtype and float32 ``[b, h, t]``.
+        ``[b, h, t, dv]`` of q's dtype, or float32 if ``config.exact``, and float32
+        ``[b, h, t]``.
     """
     tiles = tiles_of(q, k, lists[1], elements, block_bias, config, config.group)
     (group, rows), dv = tiles.shape, v.shape[3]
@@ -117,6 +118,7 @@ def forward(
         widen=bool(interpret),
     )
     line = (tiles.b, tiles.heads, tiles.blocks, 1, group * rows)
+    dtype = jnp.float32 if config.exact else q.dtype
     out, lse = inputs.call(
         kernel,
         streams,
@@ -126,7 +128,7 @@ def forward(
             pl.BlockSpec((None, None, None, *line[3:]), inputs.own),
         ],
         out_shape=[
-            out_shape((*line[:2], group, tiles.blocks * rows, dv), q.dtype, q, k, v),
+            out_shape((*line[:2], group, tiles.blocks * rows, dv), dtype, q, k, v),
             out_shape(line, jnp.float32, q, k, v),
         ],
         sums=[
@@ -426,8 +428,7 @@ def _forward_kernel(program, *, logits, widen):
                 decay = jnp.exp2((old - new) * factor)
                 max_ref[part] = new
                 sum_ref[part] = decay * sum_ref[part] + functools.reduce(jnp.add, p)
-                p = jnp.concatenate([a.astype(v.dtype) for a in p], axis=1)
-                more = dot(p, v, _NN, widen)
+                more = _times(p, v, widen, program.config.exact)
                 out_sums[part] = _lanes(decay, more.shape[1]) * out_sums[part] + more
 
         program.masked_or_not(entries, compute)
@@ -541,6 +542,17 @@ def _backward_kv_kernel(program, *, logits, scale, widen):
     def _():
         dk_ref[...] = (dk_sums[...] * _f32(scale)).astype(dk_ref.dtype)
         dv_ref[...] = dv_sums[...].astype(dv_ref.dtype)
+
+
+def _times(panels, right, widen, exact):
+    """Panels of float32, rounded, times ``right``; if exact, also what that loses."""
+    high = [panel.astype(right.dtype) for panel in panels]
+    total = dot(jnp.concatenate(high, axis=1), right, _NN, widen)
+    if not exact:
+        return total
+    pairs = zip(panels, high, strict=True)
+    low = [(panel - a.astype(panel.dtype)).astype(right.dtype) for panel, a in pairs]
+    return total + dot(jnp.concatenate(low, axis=1), right, _NN, widen)
 
 
 def _parts(ref, most):

@@ -55,6 +55,7 @@ def problem_of(how: How, operands: Operands, ops: tuple[str, ...]) -> Problem:
                 soft_cap=how.soft_cap is not None,
                 bias=bias is not None,
                 paged=page_table is not None,
+                exact=how.exact and bias is not None and q.dtype.itemsize == 2,
             )
             for op in ops
         ),

@@ -68,10 +68,10 @@ class How:
       lowers: Whether a kernel can ask the predicate.
       lengths: (t, s).
       block_shape: (block_q, block_k).
-      exact: Whether XLA's out is not rounded to the query's dtype. The gradients take
-        ``dout . out`` from every logit of a row, so rounding shifts them all alike, and
-        a block's sum for the bias adds that up. The kernels' out is of rounded
-        exponentials, which does the same: theirs is as their contract says.
+      exact: Whether out is not rounded to the query's dtype, nor is what it is the sum
+        of. The gradients take ``dout . out`` from every logit of a row, so rounding
+        shifts them all alike, and a block's sum for the bias adds that up. A kernel
+        does so where there is a bias, and otherwise gives what its dtype holds.
     """
 
     choice: Choice

@@ -176,6 +176,22 @@ def test_sweep(op, name, capfd):
     assert report.clean, report
 
 
+EXACT = [name for name, how in SWEEP.items() if how.get("bias")]
+EXACT = [
+    pytest.param(name, marks=[pytest.mark.exhaustive] if name in ALL_OF else [])
+    for name in EXACT
+]
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_exact(name, capfd):
+    """What is differentiated by a bias."""
+    problem = dataclasses.replace(CANONICAL, exact=True, **SWEEP[name])
+    text, report = compiled(capfd, "h200", problem)
+    assert "tensor<2x8x4096x128xf32>" in text or problem.dv != 128
+    assert report.clean, report
+
+
 def test_pages(capfd):
     problem = dataclasses.replace(CANONICAL, t=1, block_q=64, paged=True)
     _, report = compiled(capfd, "h200", problem)

@@ -51,6 +51,7 @@ def check(
     soft_cap=None,
     bias=False,
     paged=False,
+    exact=False,
 ):
     s = s or t
     bq, bk = block
@@ -62,6 +63,7 @@ def check(
         soft_cap=soft_cap is not None,
         bias=bias,
         paged=paged,
+        exact=exact,
     )
     _spec.check_mosaic_tpu(problem, chip)
     config = _spec.config_mosaic_tpu(problem, chip)
@@ -101,6 +103,14 @@ def check(
 @pytest.mark.parametrize("chip", _tpu.TOPOLOGIES)
 def test_causal(chip, op, dtype):
     check(chip, op, dtype)
+
+
+@pytest.mark.parametrize("d", [128, *_tpu.by_hand(64, 256)])
+@pytest.mark.parametrize("block", [(128, 128), *_tpu.by_hand((512, 512))])
+@pytest.mark.parametrize("chip", ["v5e", *_tpu.by_hand("v4", "v5p", "v6e", "tpu7x")])
+def test_exact(chip, block, d):
+    """What is differentiated by a bias."""
+    check(chip, "forward", bias=True, exact=True, block=block, d=d, t=2048)
 
 
 @pytest.mark.parametrize("dtype", ["float32", *_tpu.by_hand("bfloat16")])

@@ -113,6 +113,9 @@ CASES = {
     "kernels_f32": lambda: whole_blocks(
         256, 384, (64, 128), "float32", d=32, dv=64, b=1, cap=2.0, biased=True
     ),
+    "kernels_biased": lambda: whole_blocks(
+        256, 384, (64, 128), "bfloat16", d=64, dv=64, b=1, biased=True
+    ),
 }
 QUICK = ["random", "whole_blocks"]
 
@@ -212,13 +215,11 @@ def low(made, *args):
 def check(got, want, plain):
     """All six, where lse is -inf of the same rows.
 
-    The gradient of a bias too, in 16 bits, of XLA: from ``dout . out`` of an out that
-    is not rounded. Of kernels no case has one, since theirs is of rounded exponentials:
-    ``dz = p (dp - dout . out)`` then has a sum over its row that is not 0, as it is by
-    construction in the dense formula's softmax, which rounds dp alone, each on its own.
-    A sum over a block adds up the former and averages out the latter: 8 times the dense
-    error was seen, 0.2% of the greatest sum. The kernels' own tests hold their sums to
-    the rule, given the exact ``dout . out``.
+    The gradient of a bias too, in 16 bits: ``dz = p (dp - dout . out)`` has a sum over
+    its row that is not 0 where out is of rounded exponentials, and a sum over a block
+    adds that up, to 8 times the error of the dense formula, in whose softmax those sums
+    are 0 by construction. So what is differentiated by a bias has an out of twice the
+    digits.
     """
     for out, reference, rounded in zip(got, want, plain, strict=True):
         if reference is None:
