@@ -57,6 +57,7 @@ from pallas_kernels.block_sparse_attention._copies_gpu import (
 from pallas_kernels.block_sparse_attention._spec import HOPPER_ROWS as ROWS
 from pallas_kernels.block_sparse_attention._spec import Config, Elements
 from pallas_kernels.block_sparse_attention._tiles_gpu import (
+    LAYOUT,
     LOG2E,
     LOWEST,
     accumulate,
@@ -164,8 +165,7 @@ def forward(
             some = jnp.where(total > 0, total, jnp.ones_like(total))
             result_smem = q_smem if out_smem is None else out_smem
             out = out / spread(some, out.shape, 0)
-            rounded = out.astype(q.dtype)
-            result_smem[mine] = rounded
+            result_smem[mine] = out.astype(q.dtype)
             lse_smem[mine] = high * (1 / LOG2E) + jnp.log(total)
             rows = place.batch, place.head, pl.ds(place.row, ROWS)
             store(
@@ -173,6 +173,7 @@ def forward(
                 (lse_smem.at[mine], outs[1].at[rows]),
             )
             if config.exact:
+                rounded = plgpu.layout_cast(result_smem[mine], LAYOUT)
                 result_smem[mine] = (out - rounded.astype(out.dtype)).astype(q.dtype)
                 store((result_smem.at[mine], outs[2].at[rows]))
 
