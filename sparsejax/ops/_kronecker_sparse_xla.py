@@ -3,16 +3,19 @@
     product   y[i, o, k] = sum_j x[i, j, k] factor[i, k, j, o]       factor after factor
     sampled   factor[i, k, j, o] = sum of x[i, j, k] y[i, o, k] over the rows
 
-On a CPU, a product goes block by block, the blocks outermost; one of several factors,
-many rows and small blocks in a loop over tiles of rows that stay in cache from x to y,
-where columns are arranged so that what is between two factors moves in runs. Bfloat16
-and float16 become float32 there. Elsewhere, one einsum per factor. Not differentiable
-in reverse mode; it sits inside the operators' ``custom_vjp``.
+On a CPU, a product goes block by block, the blocks outermost. One of several factors
+and many rows has a product of its own for each block, if there are few of them, which
+the threads share; of more and small blocks, a loop over tiles of rows that stay in
+cache from x to y. In both, columns are arranged so that what is between two factors
+moves in runs. Bfloat16 and float16 become float32 there. Elsewhere, one einsum per
+factor. Not differentiable in reverse mode; it sits inside the operators'
+``custom_vjp``.
 """
 
 import itertools
 
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from sparsejax._dispatch import vary_alike
@@ -27,6 +30,14 @@ _MANY, _SMALL = 1024, 64
 # Tiles that a step of the loop has at work: XLA runs what does not depend on each other
 # at the same time, where a product of small blocks is one thread's.
 _AT_WORK = 4
+# Blocks of a factor that each have a product. XLA gives other threads a part of what is
+# ready from nine pieces on, and compiles every piece.
+_FEW = range(8, 17)
+# Entries of x or y up to which all rows go at once, and those of a slab of more: x, y
+# and what is between are in L3.
+_WHOLE, _SLAB = 2**22, 2**21
+# Arrays that are stacked at a time: one loop over many reads them all side by side.
+_STACKED = 4
 
 
 def product(x, *factors):
@@ -85,9 +96,11 @@ def _on_cpu(x, *factors):
         eye = jnp.eye(x.shape[1], dtype=wide)
         w = _einsum_by_einsum(eye, *(factor.astype(wide) for factor in factors))
         return (x.astype(wide) @ w).astype(x.dtype)
-    side = max(max(p.b, p.c) for p in patterns)
-    if len(factors) > 1 and x.shape[0] >= _MANY and side <= _SMALL:
-        return _over_tiles(x, *factors)
+    if len(factors) > 1 and x.shape[0] >= _MANY:
+        if all(p.a * p.d in _FEW for p in patterns):
+            return _over_slabs(x, *factors)
+        if max(max(p.b, p.c) for p in patterns) <= _SMALL:
+            return _over_tiles(x, *factors)
     return _block_by_block(x, *factors)
 
 
@@ -102,27 +115,105 @@ def _block_by_block(x, *factors):
     return x.astype(dtype)
 
 
+def _over_slabs(x, *factors):
+    """Each block by itself, as many rows at a time as stay in the last cache."""
+    m, entries = len(x), len(x) * max(x.shape[1], Pattern.of(factors[-1]).out_size)
+    if entries <= _WHOLE:
+        return _apart(x, *factors)
+    rows = -(-m // -(-entries // _SLAB))
+    return _by_rows(_apart, x, factors, rows, at_work=1)
+
+
+def _apart(x, *factors):
+    """A product for each block of each factor."""
+    wide, dtype = accumulator(x.dtype), x.dtype
+    a, d, c, _ = factors[0].shape
+    x = x.reshape(-1, a, c, d)
+    parts = [x[:, i, :, k].astype(wide) for i in range(a) for k in range(d)]
+    blocks = [f.astype(wide).reshape(-1, *f.shape[2:]) for f in factors]
+    given = [_given(one, after) for one, after in itertools.pairwise(factors)]
+    for n, (columns, rows, _) in enumerate(given):
+        blocks[n] = _arranged(blocks[n], columns, 2)
+        blocks[n + 1] = _arranged(blocks[n + 1], rows, 1)
+    for n, own in enumerate(blocks):
+        if n:
+            parts = _passed_on(parts, given[n - 1][2])
+        parts = [part @ block for part, block in zip(parts, own, strict=True)]
+    a, d, _, _ = factors[-1].shape
+    copies = [_interleaved(parts[i : i + d]) for i in range(0, a * d, d)]
+    return jnp.concatenate(copies, axis=1).astype(dtype)
+
+
+def _given(one, after):
+    """What each block of a factor gives to each of the next.
+
+    Returns:
+      columns [a * d, b]: Those of each block, by the block that takes them.
+      rows [i * j, c]: Those of each of the next, by the block that gives them.
+      sizes [a * d, i * j]: How many.
+    """
+    (a, d, _, b), (i, j, c, _) = one.shape, after.shape
+    place = np.arange(a * b * d)
+    giver, column = place // (b * d) * d + place % d, place // d % b
+    taker, row = place // (c * j) * j + place % j, place // j % c
+    sizes = np.zeros((a * d, i * j), int)
+    np.add.at(sizes, (giver, taker), 1)
+    columns = column[np.lexsort((place, taker, giver))].reshape(-1, b)
+    return columns, row[np.lexsort((place, giver, taker))].reshape(-1, c), sizes
+
+
+def _arranged(blocks, order, axis):
+    """Each block's columns (axis 2) or rows (1) in its own order."""
+    if (np.diff(order) == 1).all():
+        return blocks
+    order = np.expand_dims(order, 3 - axis)
+    return jnp.take_along_axis(blocks, order, axis, mode="promise_in_bounds")
+
+
+def _passed_on(parts, sizes):
+    """Runs of columns of what the blocks gave, side by side for each that takes."""
+    cuts = np.cumsum(sizes, axis=1)[:, :-1]
+    runs = [jnp.split(part, cut, axis=1) for part, cut in zip(parts, cuts, strict=True)]
+    return [jnp.concatenate(own, axis=1) for own in zip(*runs, strict=True)]
+
+
+def _interleaved(parts):
+    """[rows, b * d] of d arrays [rows, b]."""
+    if len(parts) == 1:
+        return parts[0]
+    cuts = range(0, len(parts), _STACKED)
+    stacks = [jnp.stack(parts[cut : cut + _STACKED], axis=2) for cut in cuts]
+    return jnp.concatenate(stacks, axis=2).reshape(len(parts[0]), -1)
+
+
 def _over_tiles(x, *factors):
     """Block by block too, but a tile of rows at a time through all factors."""
-    (m, n), (a, d, _, b) = x.shape, factors[-1].shape
-    tile = tile_rows(m, n, *(Pattern.of(factor).out_size for factor in factors))
+    sizes = [Pattern.of(factor).out_size for factor in factors]
+    rows = tile_rows(*x.shape, *sizes)
     pairs = itertools.pairwise(factors)
     factors = *(_in_runs(one, after) for one, after in pairs), factors[-1]
+    return _by_rows(_tile, x, factors, rows, at_work=_AT_WORK)
+
+
+def _by_rows(product, x, factors, rows, *, at_work):
+    """A product by a loop over so many rows at a time, ``at_work`` of these a step."""
+    (m, n), width = x.shape, Pattern.of(factors[-1]).out_size
     # Before the loop: XLA writes a slice of bfloat16 by converting the whole array.
     wide, dtype = accumulator(x.dtype), x.dtype
     x, *factors = (array.astype(wide) for array in (x, *factors))
 
     def step(i, y):
-        # The last tile overlaps the one before it and writes the same values again.
-        first = i * _AT_WORK
-        rows = [jnp.minimum((first + j) * tile, m - tile) for j in range(_AT_WORK)]
-        tiles = [_tile(lax.dynamic_slice(x, (o, 0), (tile, n)), factors) for o in rows]
-        for row, y_i in zip(rows, tiles, strict=True):
-            y = lax.dynamic_update_slice(y, y_i, (row, 0))
+        # The last rows overlap those before them and write the same values again.
+        starts = [(i * at_work + j) * rows for j in range(at_work)]
+        starts = [jnp.minimum(start, m - rows) for start in starts]
+        cuts = [lax.dynamic_slice(x, (start, 0), (rows, n)) for start in starts]
+        pieces = [product(cut, *factors) for cut in cuts]
+        for start, piece in zip(starts, pieces, strict=True):
+            y = lax.dynamic_update_slice(y, piece, (start, 0))
         return y
 
-    y = vary_alike(jnp.zeros((m, a * b * d), wide), x)[0]
-    y = lax.fori_loop(0, -(-m // (tile * _AT_WORK)), step, y)
+    y = vary_alike(jnp.zeros((m, width), wide), x)[0]
+    y = lax.fori_loop(0, -(-m // (rows * at_work)), step, y)
     return y.astype(dtype)
 
 
@@ -132,7 +223,7 @@ def tile_rows(m: int, *widths: int) -> int:
     return min(m, -(-m // (steps * _AT_WORK)) | 1)
 
 
-def _tile(x, factors):
+def _tile(x, *factors):
     """All factors' product of a few rows, the blocks outermost on the way.
 
     The columns of all factors but the last are those of ``_in_runs``.

@@ -169,19 +169,32 @@ CHAINS = {
 }
 
 
+@pytest.mark.parametrize("form", ["_over_tiles", "_over_slabs", "_apart"])
 @pytest.mark.parametrize("chain", CHAINS)
-def test_loop_over_tiles(monkeypatch, chain):
-    """The CPU's form of many rows: 39 at a time, of which 300 are no multiple."""
+def test_forms_for_many_rows(monkeypatch, chain, form):
+    """On a CPU: all at once or so many at a time, of which 300 are no multiple."""
     monkeypatch.setattr(_kronecker_sparse_xla, "_TILE", 48 * 24)
     assert _kronecker_sparse_xla.tile_rows(300, 24, 12, 15) == 39
+    monkeypatch.setattr(_kronecker_sparse_xla, "_WHOLE", 0)
+    monkeypatch.setattr(_kronecker_sparse_xla, "_SLAB", 500)
     rng = np.random.default_rng(6)
     draw = lambda *s: jnp.asarray(rng.standard_normal(s), "float32")
     x, factors = draw(300, 12), [draw(*shape) for shape in CHAINS[chain]]
-    y = jax.jit(_kronecker_sparse_xla._over_tiles)(x, *factors)
+    y = jax.jit(getattr(_kronecker_sparse_xla, form))(x, *factors)
     want = f64(x)
     for factor in factors:
         want = want @ dense(f64(factor))
     np.testing.assert_allclose(y, want, atol=1e-4)
+
+
+def test_few_blocks_and_many_rows_have_a_product_each():
+    x = jnp.ones((1024, 512), jnp.bfloat16)
+    factors = jnp.ones((8, 1, 64, 64)), jnp.ones((1, 8, 64, 64))
+    factors = [factor.astype(x.dtype) for factor in factors]
+    made = jax.make_jaxpr(_kronecker_sparse_xla._on_cpu)(x, *factors)
+    assert str(made).count("dot_general") == 16
+    fewer = jax.make_jaxpr(_kronecker_sparse_xla._on_cpu)(x[1:], *factors)
+    assert str(fewer).count("dot_general") == 2
 
 
 def second_order(product):
