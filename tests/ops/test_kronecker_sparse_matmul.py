@@ -162,10 +162,12 @@ def test_random_rectangular_shapes():
             assert_close(*triple)
 
 
-# Chains whose factors' columns go to the next in runs (of 2, then of 3), and do not.
+# Chains whose factors' columns go to the next in runs (of 2, then of 3), and do not;
+# the last as in a Monarch matrix transposed.
 CHAINS = {
     "in_runs": [(4, 1, 3, 4), (2, 2, 4, 6), (1, 4, 6, 2)],
     "in_no_order": [(3, 2, 2, 2), (1, 3, 4, 5)],
+    "transposed": [(1, 3, 4, 4), (2, 1, 6, 5)],
 }
 
 
