@@ -16,6 +16,7 @@ the program: keep cases above about a millisecond, or raise `inner`.
     save("block_sparse_matmul", times, base="dense", config={"density": 0.1})
 """
 
+import ctypes
 import datetime
 import json
 import os
@@ -70,6 +71,20 @@ def compiled(name: str, fn: Callable, *args: Any, **jit_options: Any) -> Case:
 def plain(name: str, fn: Callable, *args: Any) -> Case:
     """A case that runs as it is: numpy, scipy, or a program already compiled."""
     return Case(name, lambda: fn(*args))
+
+
+def keep_memory() -> None:
+    """Has malloc keep what is freed, as it does where one program runs all the time.
+
+    Of programs that take turns, each with buffers of its own sizes, glibc returns to
+    the kernel what the last one freed: the next one's pages are new, and to have them
+    costs as much as a small program. To be called before the first array is made.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    # M_ARENA_MAX, M_MMAP_MAX, M_TRIM_THRESHOLD of malloc.h.
+    for option, value in ((-8, 1), (-4, 0), (-1, 2**31 - 1)):
+        if mallopt is not None:
+            mallopt(option, value)
 
 
 def interleave(

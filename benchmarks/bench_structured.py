@@ -33,6 +33,7 @@ def main():
     add("--rounds", type=int, default=9)
     add("--out", help="the JSON file; benchmarks/results/ by default")
     args = parser.parse_args()
+    _harness.keep_memory()
 
     everything, summary = {}, {}
     for size in args.sizes:
