@@ -39,17 +39,21 @@ def project(
     to which come the entries of w where such products are zero, if there are any.
 
     More factors: they are split off from the first on, each with orthonormal columns,
-    so that what is cut off later is orthogonal to what was cut off before. The error
-    has the same form, exactly, and is at most sqrt(p - 1) times that of the best p
-    factors. A matrix that is such a chain, of any length, ranks and sizes, is recovered
-    to rounding. The factors are balanced: along every path each has an equal part of
-    its scale, of two the square root of a singular value.
+    so that what is cut off later is orthogonal to what was cut off before; and from the
+    last on, with orthonormal rows. The error has the same form, exactly, and is at most
+    sqrt(p - 1) times that of the best p factors; a matrix that is such a chain, of any
+    length, ranks and sizes, is recovered to rounding. Where that is not so, each two
+    factors are decomposed once more between the others, from the other end, which never
+    makes it worse. The nearest of all is given.
+
+    The factors are balanced: along every path each has an equal part of its scale, of
+    two the square root of a singular value.
 
     Works under ``jit`` and ``vmap``. The cost is that of decomposing slices of k n
     entries in all, and for each further factor of what is left, half as many in a
-    butterfly; no product is computed. Gradients are not meant to be taken through it:
-    those of singular vectors are not finite where values coincide, as zeros do in a
-    matrix that is recovered.
+    butterfly; four times over where there are more than two factors. No product is
+    computed. Gradients are not meant to be taken through it: those of singular vectors
+    are not finite where values coincide, as zeros do in a matrix that is recovered.
 
     Args:
       w: Multiplies rows from the right. Leading axes are matrices apart.
@@ -207,13 +211,18 @@ def _project(w, patterns):
     whole = composite(patterns)
     rows, columns = whole.in_size - w.shape[0], whole.out_size - w.shape[1]
     rest, lost = _on_support(jnp.pad(w, ((0, rows), (0, columns))), whole)
-    factors = []
-    for t, rank in enumerate(ranks_of(patterns), 1):
-        factor, rest, cut = _split(rest, patterns[t - 1], composite(patterns[t:]), rank)
-        factors.append(factor)
-        lost += cut
-    factors = _balanced([*factors, rest], patterns)
-    total = _squares(w)
+    factors, cut, stages = _from_first(rest, patterns)
+    if len(patterns) > 2:
+        others, less, ends = _from_last(rest, patterns)
+        ways = (others, less), _back(stages, patterns), _forth(ends, patterns)
+        for others, less in ways:
+            pick = lambda one, other, less=less, cut=cut: jnp.where(
+                less < cut, other, one
+            )
+            factors = list(map(pick, factors, others))
+            cut = jnp.minimum(cut, less)
+    factors = _balanced(factors)
+    total, lost = _squares(w), lost + cut
     error = jnp.sqrt(jnp.where(total == 0, 0, lost / jnp.where(total == 0, 1, total)))
     part = (scale ** (1 / len(factors))).astype(w.dtype)
     return tuple(f * part for f in factors), error
@@ -255,31 +264,140 @@ def _on_support(w, p):
     return inside, _squares(jnp.where(at, 0, w))
 
 
+def _from_first(w, patterns):
+    """Factors, all but the last of orthonormal columns, and the squares cut off.
+
+    Also w, and what of it is left for the others after each but the last.
+    """
+    factors, lost, stages = [], 0, []
+    for t, rank in enumerate(ranks_of(patterns), 1):
+        one, rest = patterns[t - 1], composite(patterns[t:])
+        stages.append(w)
+        factor, values, w, cut = _split(w, one, rest, rank)
+        w = _times_rows(w, values)
+        factors.append(factor)
+        lost += cut
+    return [*factors, w], lost, stages
+
+
+def _from_last(w, patterns):
+    """The same from the other end: as if all but the first had orthonormal rows."""
+    factors, lost, stages = [], 0, []
+    for t, rank in reversed(list(enumerate(ranks_of(patterns), 1))):
+        one = composite(patterns[:t])
+        stages.insert(0, w)
+        w, values, factor, cut = _split(w, one, patterns[t], rank)
+        w = _times_columns(w, values)
+        factors.insert(0, factor)
+        lost += cut
+    return _scaled_to_last([w, *factors], patterns), lost, stages
+
+
+def _back(stages, patterns):
+    """As ``_from_first`` left it, each two factors decomposed anew among the others.
+
+    From the last on; never worse than it was. The factors, and the squares cut off.
+    """
+    factors = []
+    for t, rank in reversed(list(enumerate(ranks_of(patterns), 1))):
+        two = stages[t - 1]
+        for n, factor in reversed(list(enumerate(factors, t + 1))):
+            two = _before(two, composite(patterns[t - 1 : n]), patterns[n], factor)
+        first, values, factor, _ = _split(two, patterns[t - 1], patterns[t], rank)
+        first = _times_columns(first, values)
+        factors.insert(0, factor)
+    return _scaled_to_last([first, *factors], patterns), _missing(stages[0], first)
+
+
+def _forth(stages, patterns):
+    """The same of what ``_from_last`` left, from the first on."""
+    factors = []
+    for t, rank in enumerate(ranks_of(patterns), 1):
+        two = stages[t - 1]
+        for n, factor in enumerate(factors):
+            two = _after(two, patterns[n], composite(patterns[n + 1 : t + 1]), factor)
+        factor, values, last, _ = _split(two, patterns[t - 1], patterns[t], rank)
+        last = _times_rows(last, values)
+        factors.append(factor)
+    return [*factors, last], _missing(stages[-1], last)
+
+
+def _missing(w, kept):
+    """Squares that w has more. Where these are few, rounding's: then infinite."""
+    total = _squares(w)
+    lost = total - _squares(kept)
+    return jnp.where(lost > 1e-3 * total, lost, jnp.inf)
+
+
+def _scaled_to_last(factors, patterns):
+    """The same product; all but the last have columns of length 1."""
+    for t, after in enumerate(patterns[1:]):
+        norm = _rows_of_next(jnp.linalg.norm(factors[t], axis=2), after)
+        factors[t] = _times_columns(factors[t], 1 / jnp.where(norm == 0, 1, norm))
+        factors[t + 1] = _times_rows(factors[t + 1], norm)
+    return factors
+
+
 def _split(w, one, rest, rank):
-    """[a, d, c, b] of both -> the first of orthonormal columns, the rest, the loss."""
+    """[a, d, c, b] of both in two, and the squares cut off.
+
+    The first is of orthonormal columns, the other of orthonormal rows; between them are
+    the singular values of each row of the other, [a, d, c].
+    """
     i, u, k, v = rest.a, one.a // rest.a, one.d, rest.d // one.d
     w = w.reshape(i, k, u, one.c, rest.b, v).transpose(0, 2, 1, 5, 3, 4)
     left, values, right = jnp.linalg.svd(w, full_matrices=False)  # [i, u, k, v, ...]
-    right = right[..., :rank, :] * values[..., :rank, None].astype(w.dtype)
     more = max(0, rank - values.shape[-1])  # of a rank that no slice can have
     ends = lambda *last: [(0, 0)] * 4 + list(last)
     left = jnp.pad(left[..., :rank], ends((0, 0), (0, more)))
-    right = jnp.pad(right, ends((0, more), (0, 0)))
+    right = jnp.pad(right[..., :rank, :], ends((0, more), (0, 0)))
+    kept = jnp.pad(values[..., :rank], ends((0, more)))
     left = left.transpose(0, 1, 2, 4, 5, 3).reshape(one.factor_shape)
     right = right.transpose(0, 3, 2, 1, 4, 5).reshape(rest.factor_shape)
-    return left, right, _squares(values[..., rank:])
+    kept = kept.transpose(0, 3, 2, 1, 4).reshape(rest.factor_shape[:3])
+    return left, kept, right, _squares(values[..., rank:])
 
 
-def _balanced(factors, patterns):
+def _before(w, one, rest, right):
+    """What w, as ``_split`` takes it, is before a factor of orthonormal rows."""
+    i, u, k, v = rest.a, one.a // rest.a, one.d, rest.d // one.d
+    w = w.reshape(i, k, u, one.c, rest.b, v)
+    right = right.reshape(i, v, k, u, one.b // v, rest.b)
+    left = jnp.einsum("ikucov,ivkuro->iukcrv", w, right.conj())
+    return left.reshape(one.factor_shape)
+
+
+def _after(w, one, rest, left):
+    """What it is after a factor of orthonormal columns."""
+    i, u, k, v = rest.a, one.a // rest.a, one.d, rest.d // one.d
+    w = w.reshape(i, k, u, one.c, rest.b, v)
+    left = left.reshape(i, u, k, one.c, one.b // v, v)
+    right = jnp.einsum("iukcrv,ikucov->ivkuro", left.conj(), w)
+    return right.reshape(rest.factor_shape)
+
+
+def _times_rows(factor, numbers):
+    """Each row [a, d, c] times its number."""
+    return factor * numbers.astype(factor.dtype)[..., None]
+
+
+def _times_columns(factor, numbers):
+    """Each column times the number of the next factor's row that it is, [a, d, c]."""
+    a, d, _, b = factor.shape
+    columns = numbers.transpose(0, 2, 1).reshape(a, b, d).transpose(0, 2, 1)
+    return factor * columns.astype(factor.dtype)[:, :, None, :]
+
+
+def _rows_of_next(columns, after):
+    """Numbers of a factor's columns [a, d, b] as those of the next one's rows."""
+    rows = columns.transpose(0, 2, 1).reshape(after.a, after.c, after.d)
+    return rows.transpose(0, 2, 1)
+
+
+def _balanced(factors):
     """Moves scale of the last to those before, so that all of p have the p-th root."""
     for t in reversed(range(1, len(factors))):
-        one = patterns[t - 1]
-        norm = jnp.linalg.norm(factors[t], axis=-1)  # of each row [a, d, c]
-        moved = (norm ** (t / (t + 1))).astype(factors[t].dtype)
-        rows = moved[..., None]
-        factors[t] = factors[t] / jnp.where(rows == 0, 1, rows)
-        # The row (i, j, k) is a column (i, o, k) of the factor before.
-        columns = moved.transpose(0, 2, 1).reshape(one.a, one.b, one.d)
-        columns = columns.transpose(0, 2, 1)[:, :, None, :]
-        factors[t - 1] = factors[t - 1] * columns
+        moved = jnp.linalg.norm(factors[t], axis=-1) ** (t / (t + 1))  # of each row
+        factors[t] = _times_rows(factors[t], 1 / jnp.where(moved == 0, 1, moved))
+        factors[t - 1] = _times_columns(factors[t - 1], moved)
     return factors

@@ -303,6 +303,41 @@ def test_gaussian_is_as_near_by_monarch_as_by_low_rank():
         assert report.relative_error < report.low_rank_error * 1.001
 
 
+def multiplied_out(z, part):
+    """A peer's factors of z [.., n, n], z x = y: halves with roots of the values each.
+
+    The first half has ``part(levels)`` levels; each is decomposed on its own after.
+    """
+    n = z.shape[-1]
+    if n == 2:
+        return z
+    p = 2 ** part(n.bit_length() - 1)
+    slices = z.reshape(*z.shape[:-2], p, n // p, p, n // p)
+    u, values, v = np.linalg.svd(np.einsum("...arbs->...rbas", slices))
+    root = np.sqrt(values[..., :1])
+    outer = multiplied_out(np.swapaxes(u[..., 0] * root, -1, -2), part)
+    inner = multiplied_out(np.swapaxes(v[..., 0, :] * root, -2, -3), part)
+    return np.einsum("...rab,...brs->...arbs", outer, inner).reshape(z.shape)
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        pytest.param(lambda levels: levels // 2, id="balanced"),
+        pytest.param(lambda levels: 1, id="unbalanced"),
+        pytest.param(lambda levels: levels - 1, id="the_other_way"),
+    ],
+)
+def test_gaussian_is_no_farther_than_by_the_trees_of_others(part):
+    for n in (8, 16):
+        chain = st.butterfly(n)
+        w = np.random.default_rng(n).standard_normal((30, n, n))
+        _, errors = st.project(jnp.asarray(w.swapaxes(1, 2), jnp.float32), chain)
+        off = np.linalg.norm(multiplied_out(w, part) - w, axis=(1, 2))
+        theirs = off / np.linalg.norm(w, axis=(1, 2))
+        assert (theirs < 1).all() and (errors <= theirs).all()
+
+
 # ---- bugs of others ----------------------------------------------------------------
 
 
