@@ -213,14 +213,12 @@ def _project(w, patterns):
     rest, lost = _on_support(jnp.pad(w, ((0, rows), (0, columns))), whole)
     factors, cut, stages = _from_first(rest, patterns)
     if len(patterns) > 2:
-        others, less, ends = _from_last(rest, patterns)
-        ways = (others, less), _back(stages, patterns), _forth(ends, patterns)
-        for others, less in ways:
-            pick = lambda one, other, less=less, cut=cut: jnp.where(
-                less < cut, other, one
-            )
-            factors = list(map(pick, factors, others))
-            cut = jnp.minimum(cut, less)
+        *last, ends = _from_last(_once(cut, rest), patterns)
+        back = _back([_once(last[1], w) for w in stages], patterns)
+        forth = _forth([_once(back[1], w) for w in ends], patterns)
+        for others, less in (last, back, forth):
+            pick = functools.partial(jnp.where, less < cut)
+            factors, cut = list(map(pick, others, factors)), jnp.minimum(cut, less)
     factors = _balanced(factors)
     total, lost = _squares(w), lost + cut
     error = jnp.sqrt(jnp.where(total == 0, 0, lost / jnp.where(total == 0, 1, total)))
@@ -240,6 +238,15 @@ def _best(w, p, q, patterns):
     best = jnp.argmin(errors)
     i, j = i[best], j[best]
     return *_project(ordered(i, j), patterns), p[i], q[j]
+
+
+def _once(number, w):
+    """w, when the number is known, so that one decomposition follows another.
+
+    XLA's CPU runs what is independent at the same time, and batches of LAPACK's that
+    do wait for threads that the other one holds, for ever.
+    """
+    return w * jnp.where(jnp.isnan(number), number, 1).astype(w.dtype)
 
 
 def scaled(w):
