@@ -6,8 +6,9 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 from jaxtyping import Array, Shaped
 
+from sparsejax.structured._composite import with_rank
 from sparsejax.structured._pattern import Chain
-from sparsejax.structured._project import project, scaled, with_rank
+from sparsejax.structured._project import project, scaled
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,6 @@ truncated singular value decomposition of every slice is the best approximation.
 """
 
 import functools
-import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,8 +16,18 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Shaped
 
-from sparsejax.structured._pattern import Chain, Pattern
+from sparsejax.structured._composite import composite, digits_of, with_rank
+from sparsejax.structured._pattern import Chain
 from sparsejax.structured._permutations import Candidates, candidates
+from sparsejax.structured._sweeps import (
+    back,
+    balanced,
+    forth,
+    from_first,
+    from_last,
+    once,
+    squares,
+)
 
 
 def project(
@@ -121,84 +130,13 @@ def project(
         raise ValueError(f"w: got shape {w.shape}, needed {chain.shape}, the chain's")
     one = lambda w: _project(w, chain.patterns)
     if permutations is not None or out_permutations is not None:
-        first, last = _digits(chain.patterns)
+        first, last = digits_of(chain.patterns)
         p = candidates(permutations, first, "permutations")
         q = candidates(out_permutations, last, "out_permutations")
         one = lambda w: _best(w, jnp.asarray(p), jnp.asarray(q), chain.patterns)
     for _ in w.shape[:-2]:
         one = jax.vmap(one)
     return one(w)
-
-
-# ---- patterns ----------------------------------------------------------------------
-
-
-def composite(patterns: Sequence[Pattern]) -> Pattern:
-    """The pattern of the product of factors that follow one another."""
-    first, last = patterns[0], patterns[-1]
-    return Pattern(
-        a=last.a,
-        b=last.b * (last.d // first.d),
-        c=first.c * (first.a // last.a),
-        d=first.d,
-    )
-
-
-def ranks_of(patterns: Sequence[Pattern]) -> tuple[int, ...]:
-    """The rank of the slices of the product of each factor and the next.
-
-    Raises:
-      ValueError: There is no one rank of such slices.
-    """
-    for one, two in itertools.pairwise(patterns):
-        if one.a % two.a or two.d % one.d or two.c * two.a % one.a:
-            raise ValueError(
-                f"chain: got {two} after {one}, whose product has no slices of one "
-                "rank; needed an a that divides the one before, a d that is divided by "
-                "the one before, and c * a divided by the a before"
-            )
-    return tuple(two.c * two.a // one.a for one, two in itertools.pairwise(patterns))
-
-
-def with_rank(chain: Chain, rank: int | Sequence[int] | None) -> Chain:
-    """The chain with other ranks between its factors.
-
-    Raises:
-      ValueError: The chain has no ranks, or none such.
-    """
-    old = ranks_of(chain.patterns)
-    if rank is None:
-        return chain
-    ranks = (rank,) * max(1, len(old)) if isinstance(rank, int) else tuple(rank)
-    if len(ranks) != len(old):
-        raise ValueError(
-            f"rank: got {rank} for a chain of {len(old) + 1}, needed one for each two "
-            "of its factors"
-        )
-    for t, r in enumerate(ranks, 1):
-        rows = composite(chain.patterns[:t]).c
-        columns = composite(chain.patterns[t:]).b
-        if not 1 <= r <= min(rows, columns):
-            raise ValueError(
-                f"rank: got {r}, needed 1 to {min(rows, columns)}, the smaller side of "
-                f"a block of {rows}x{columns}"
-            )
-    patterns = tuple(
-        Pattern(a=p.a, b=p.b // a_old * a_new, c=p.c // b_old * b_new, d=p.d)
-        for p, b_old, b_new, a_old, a_new in zip(
-            chain.patterns, (1, *old), (1, *ranks), (*old, 1), (*ranks, 1), strict=True
-        )
-    )
-    return Chain(patterns, chain.in_size, chain.out_size)
-
-
-def _digits(patterns):
-    """Of inputs and outputs of the chain: outer copies, digits, inner copies."""
-    first, last = patterns[0], patterns[-1]
-    pairs = list(itertools.pairwise(patterns))
-    inputs = [*(one.a // two.a for one, two in pairs[::-1]), first.c]
-    outputs = [last.b, *(two.d // one.d for one, two in pairs[::-1])]
-    return (last.a, inputs, first.d), (last.a, outputs, first.d)
 
 
 # ---- one matrix --------------------------------------------------------------------
@@ -211,16 +149,17 @@ def _project(w, patterns):
     whole = composite(patterns)
     rows, columns = whole.in_size - w.shape[0], whole.out_size - w.shape[1]
     rest, lost = _on_support(jnp.pad(w, ((0, rows), (0, columns))), whole)
-    factors, cut, stages = _from_first(rest, patterns)
+    factors, cut, stages = from_first(rest, patterns)
     if len(patterns) > 2:
-        *last, ends = _from_last(_once(cut, rest), patterns)
-        back = _back([_once(last[1], w) for w in stages], patterns)
-        forth = _forth([_once(back[1], w) for w in ends], patterns)
-        for others, less in (last, back, forth):
-            pick = functools.partial(jnp.where, less < cut)
-            factors, cut = list(map(pick, others, factors)), jnp.minimum(cut, less)
-    factors = _balanced(factors)
-    total, lost = _squares(w), lost + cut
+        last, less, ends = from_last(once(cut, rest), patterns)
+        again = back([once(less, w) for w in stages], patterns)
+        latest = forth([once(again[1], w) for w in ends], patterns)
+        for others, lost_too in ((last, less), again, latest):
+            pick = functools.partial(jnp.where, lost_too < cut)
+            factors = list(map(pick, others, factors))
+            cut = jnp.minimum(cut, lost_too)
+    factors = balanced(factors)
+    total, lost = squares(w), lost + cut
     error = jnp.sqrt(jnp.where(total == 0, 0, lost / jnp.where(total == 0, 1, total)))
     part = (scale ** (1 / len(factors))).astype(w.dtype)
     return tuple(f * part for f in factors), error
@@ -240,24 +179,11 @@ def _best(w, p, q, patterns):
     return *_project(ordered(i, j), patterns), p[i], q[j]
 
 
-def _once(number, w):
-    """w, when the number is known, so that one decomposition follows another.
-
-    XLA's CPU runs what is independent at the same time, and batches of LAPACK's that
-    do wait for threads that the other one holds, for ever.
-    """
-    return w * jnp.where(jnp.isnan(number), number, 1).astype(w.dtype)
-
-
 def scaled(w):
     """(w / its largest entry, that), so that no square over- or underflows."""
     w = w.astype(jnp.float32) if jnp.finfo(w.dtype).bits < 32 else w
     scale = jnp.max(jnp.abs(w))
     return w / jnp.where(scale == 0, 1, scale).astype(w.dtype), scale
-
-
-def _squares(w):
-    return jnp.sum(jnp.real(w) ** 2 + jnp.imag(w) ** 2)
 
 
 def _on_support(w, p):
@@ -268,143 +194,4 @@ def _on_support(w, p):
     at = jnp.eye(p.a, dtype=bool)[:, None, None, :, None, None]
     at = at & jnp.eye(p.d, dtype=bool)[:, None, None, :]
     inside = jnp.einsum("icdibd->idcb", jnp.where(at, w, 0))
-    return inside, _squares(jnp.where(at, 0, w))
-
-
-def _from_first(w, patterns):
-    """Factors, all but the last of orthonormal columns, and the squares cut off.
-
-    Also w, and what of it is left for the others after each but the last.
-    """
-    factors, lost, stages = [], 0, []
-    for t, rank in enumerate(ranks_of(patterns), 1):
-        one, rest = patterns[t - 1], composite(patterns[t:])
-        stages.append(w)
-        factor, values, w, cut = _split(w, one, rest, rank)
-        w = _times_rows(w, values)
-        factors.append(factor)
-        lost += cut
-    return [*factors, w], lost, stages
-
-
-def _from_last(w, patterns):
-    """The same from the other end: as if all but the first had orthonormal rows."""
-    factors, lost, stages = [], 0, []
-    for t, rank in reversed(list(enumerate(ranks_of(patterns), 1))):
-        one = composite(patterns[:t])
-        stages.insert(0, w)
-        w, values, factor, cut = _split(w, one, patterns[t], rank)
-        w = _times_columns(w, values)
-        factors.insert(0, factor)
-        lost += cut
-    return _scaled_to_last([w, *factors], patterns), lost, stages
-
-
-def _back(stages, patterns):
-    """As ``_from_first`` left it, each two factors decomposed anew among the others.
-
-    From the last on; never worse than it was. The factors, and the squares cut off.
-    """
-    factors = []
-    for t, rank in reversed(list(enumerate(ranks_of(patterns), 1))):
-        two = stages[t - 1]
-        for n, factor in reversed(list(enumerate(factors, t + 1))):
-            two = _before(two, composite(patterns[t - 1 : n]), patterns[n], factor)
-        first, values, factor, _ = _split(two, patterns[t - 1], patterns[t], rank)
-        first = _times_columns(first, values)
-        factors.insert(0, factor)
-    return _scaled_to_last([first, *factors], patterns), _missing(stages[0], first)
-
-
-def _forth(stages, patterns):
-    """The same of what ``_from_last`` left, from the first on."""
-    factors = []
-    for t, rank in enumerate(ranks_of(patterns), 1):
-        two = stages[t - 1]
-        for n, factor in enumerate(factors):
-            two = _after(two, patterns[n], composite(patterns[n + 1 : t + 1]), factor)
-        factor, values, last, _ = _split(two, patterns[t - 1], patterns[t], rank)
-        last = _times_rows(last, values)
-        factors.append(factor)
-    return [*factors, last], _missing(stages[-1], last)
-
-
-def _missing(w, kept):
-    """Squares that w has more. Where these are few, rounding's: then infinite."""
-    total = _squares(w)
-    lost = total - _squares(kept)
-    return jnp.where(lost > 1e-3 * total, lost, jnp.inf)
-
-
-def _scaled_to_last(factors, patterns):
-    """The same product; all but the last have columns of length 1."""
-    for t, after in enumerate(patterns[1:]):
-        norm = _rows_of_next(jnp.linalg.norm(factors[t], axis=2), after)
-        factors[t] = _times_columns(factors[t], 1 / jnp.where(norm == 0, 1, norm))
-        factors[t + 1] = _times_rows(factors[t + 1], norm)
-    return factors
-
-
-def _split(w, one, rest, rank):
-    """[a, d, c, b] of both in two, and the squares cut off.
-
-    The first is of orthonormal columns, the other of orthonormal rows; between them are
-    the singular values of each row of the other, [a, d, c].
-    """
-    i, u, k, v = rest.a, one.a // rest.a, one.d, rest.d // one.d
-    w = w.reshape(i, k, u, one.c, rest.b, v).transpose(0, 2, 1, 5, 3, 4)
-    left, values, right = jnp.linalg.svd(w, full_matrices=False)  # [i, u, k, v, ...]
-    more = max(0, rank - values.shape[-1])  # of a rank that no slice can have
-    ends = lambda *last: [(0, 0)] * 4 + list(last)
-    left = jnp.pad(left[..., :rank], ends((0, 0), (0, more)))
-    right = jnp.pad(right[..., :rank, :], ends((0, more), (0, 0)))
-    kept = jnp.pad(values[..., :rank], ends((0, more)))
-    left = left.transpose(0, 1, 2, 4, 5, 3).reshape(one.factor_shape)
-    right = right.transpose(0, 3, 2, 1, 4, 5).reshape(rest.factor_shape)
-    kept = kept.transpose(0, 3, 2, 1, 4).reshape(rest.factor_shape[:3])
-    return left, kept, right, _squares(values[..., rank:])
-
-
-def _before(w, one, rest, right):
-    """What w, as ``_split`` takes it, is before a factor of orthonormal rows."""
-    i, u, k, v = rest.a, one.a // rest.a, one.d, rest.d // one.d
-    w = w.reshape(i, k, u, one.c, rest.b, v)
-    right = right.reshape(i, v, k, u, one.b // v, rest.b)
-    left = jnp.einsum("ikucov,ivkuro->iukcrv", w, right.conj())
-    return left.reshape(one.factor_shape)
-
-
-def _after(w, one, rest, left):
-    """What it is after a factor of orthonormal columns."""
-    i, u, k, v = rest.a, one.a // rest.a, one.d, rest.d // one.d
-    w = w.reshape(i, k, u, one.c, rest.b, v)
-    left = left.reshape(i, u, k, one.c, one.b // v, v)
-    right = jnp.einsum("iukcrv,ikucov->ivkuro", left.conj(), w)
-    return right.reshape(rest.factor_shape)
-
-
-def _times_rows(factor, numbers):
-    """Each row [a, d, c] times its number."""
-    return factor * numbers.astype(factor.dtype)[..., None]
-
-
-def _times_columns(factor, numbers):
-    """Each column times the number of the next factor's row that it is, [a, d, c]."""
-    a, d, _, b = factor.shape
-    columns = numbers.transpose(0, 2, 1).reshape(a, b, d).transpose(0, 2, 1)
-    return factor * columns.astype(factor.dtype)[:, :, None, :]
-
-
-def _rows_of_next(columns, after):
-    """Numbers of a factor's columns [a, d, b] as those of the next one's rows."""
-    rows = columns.transpose(0, 2, 1).reshape(after.a, after.c, after.d)
-    return rows.transpose(0, 2, 1)
-
-
-def _balanced(factors):
-    """Moves scale of the last to those before, so that all of p have the p-th root."""
-    for t in reversed(range(1, len(factors))):
-        moved = jnp.linalg.norm(factors[t], axis=-1) ** (t / (t + 1))  # of each row
-        factors[t] = _times_rows(factors[t], 1 / jnp.where(moved == 0, 1, moved))
-        factors[t - 1] = _times_columns(factors[t - 1], moved)
-    return factors
+    return inside, squares(jnp.where(at, 0, w))
