@@ -122,6 +122,11 @@ def project(
 
       Nothing of the kind is near to a matrix without structure: ``compare_low_rank``
       says what low rank gives at as many parameters.
+
+      Of several matrices of one chain, give them with a leading axis. Two calls in one
+      ``jit`` can stand still for ever on a CPU of few cores, as two batches of
+      ``jnp.linalg.svd`` can there: XLA runs both at once, and each waits for threads
+      that the other holds. One call after the other is safe.
     """
     chain = with_rank(chain, rank)
     if not jnp.issubdtype(w.dtype, jnp.inexact):
