@@ -73,16 +73,20 @@ def plain(name: str, fn: Callable, *args: Any) -> Case:
     return Case(name, lambda: fn(*args))
 
 
-def keep_memory() -> None:
+def keep_memory(below: int | None = None) -> None:
     """Has malloc keep what is freed, as it does where one program runs all the time.
 
     Of programs that take turns, each with buffers of its own sizes, glibc returns to
     the kernel what the last one freed: the next one's pages are new, and to have them
     costs as much as a small program. To be called before the first array is made.
+
+    Args:
+      below: Blocks of so many bytes and more are given back. None: all are kept.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    # M_ARENA_MAX, M_MMAP_MAX, M_TRIM_THRESHOLD of malloc.h.
-    for option, value in ((-8, 1), (-4, 0), (-1, 2**31 - 1)):
+    # M_ARENA_MAX, M_TRIM_THRESHOLD, M_MMAP_MAX or M_MMAP_THRESHOLD of malloc.h.
+    large = (-4, 0) if below is None else (-3, below)
+    for option, value in ((-8, 1), (-1, 2**31 - 1), large):
         if mallopt is not None:
             mallopt(option, value)
 

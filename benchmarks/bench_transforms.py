@@ -11,8 +11,10 @@ plain AdamW in the same rounds. Three kinds of step:
 
 The first allocates, which costs most of its time and half as much again at some times
 as at others: a round runs single steps, with and without an update of the masks, by one
-transformation after the other, and adds them up, `--every` - 1 and 1. What is donated
-can be used but once: there a round runs all steps one after the other.
+transformation after the other, and adds them up, `--every` - 1 and 1. malloc keeps
+blocks below 32 MiB and gives back larger ones, which is what glibc adapts to in a
+process that trains with one of them. What is donated can be used but once: there a round
+runs all steps one after the other.
 
 The last with few updaters and the first size of `--train-rows` only: seconds a case.
 
@@ -28,7 +30,7 @@ import time
 import jax
 import jax.numpy as jnp
 import optax
-from _harness import Case, compiled, interleave, ratio, save, table
+from _harness import Case, compiled, interleave, keep_memory, ratio, save, table
 
 from sparsejax import masks, transforms
 
@@ -134,6 +136,7 @@ def main():
     parser.add_argument("--anchor", action="store_true", help="time one argsort too")
     parser.add_argument("--json", help="where to write; default: benchmarks/results")
     args = parser.parse_args()
+    keep_memory(below=2**25)
 
     keys = jax.random.split(jax.random.key(1), 4)
 

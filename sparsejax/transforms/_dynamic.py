@@ -19,6 +19,7 @@ from sparsejax.transforms._shared import (
     leaf_counts,
     moved_counts,
     random_masks,
+    random_scores,
 )
 from sparsejax.transforms._updater import MaskUpdate, Updater
 
@@ -76,7 +77,7 @@ def sparse_evolutionary_training(
 
     def grow(now, structure, index, name, count, candidates):
         key = jax.random.fold_in(now.key, index)
-        draw = jax.random.uniform(key, candidates.shape)
+        draw = random_scores(key, candidates.shape)
         return structures.top_units(structure, draw, count, candidates)
 
     return _drop_and_grow(

@@ -50,7 +50,8 @@ def sparsify(
     a step at which masks are due the updater runs first, and the step is then taken
     under the new masks: dropped weights become zero, grown weights start from zero
     with that step's gradient. Costs two elementwise passes, fused with the
-    optimizer's own, and 1 byte per weight.
+    optimizer's own, and 1 byte per weight. One updater, `sparse_momentum`, goes by
+    the optimizer's momentum if it can, and has `inner` see g as it is.
 
     It must be outermost (last in a chain), since what follows it could move pruned
     weights. `optax.MultiSteps` may be inside, where `every` counts micro-steps, or
@@ -101,17 +102,23 @@ def sparsify(
     inner = optax.with_extra_args_support(inner)
     steps = updater.steps
 
+    def find_momentum(inner_state, params, masks):
+        if not updater.momentum:
+            return None
+        return _moments.find_momentum(inner_state, params, masks)
+
     def init_fn(params):
-        if not jax.tree.leaves(params):
-            # optax.tree_utils.tree_map_params asks with a placeholder for the tree.
-            masks, memory = params, ()
-        else:
+        # optax.tree_utils.tree_map_params asks with a placeholder for the tree.
+        masks, chosen, memory = params, {}, ()
+        if jax.tree.leaves(params):
             leaves = _leaves.select_leaves(params, leaf_filter)
             chosen, memory = updater.init(leaves, updater.key)
             masks = _leaves.tree_with_holes(params, chosen)
             params = masks_lib.apply_masks(params, masks)
         with jax.numpy_dtype_promotion("standard"):
             inner_state = inner.init(params)
+        if memory and find_momentum(inner_state, params, chosen) is not None:
+            memory = ()
         return SparsifyState(
             steps=jnp.zeros((), jnp.int32),
             next_update=schedules.next_update(0, steps),
@@ -130,7 +137,9 @@ def sparsify(
         gradients = masks_lib.named_leaves(updates)
 
         masks, memory, skipped = old, state.memory, state.skipped_updates
+        momentum = find_momentum(state.inner_state, params, old)
         due = state.steps == state.next_update
+        scores: dict[str, Any] = {}
         if steps:
             scores = _scores(old, gradients, grow_scores)
             request = MaskUpdate(
@@ -141,11 +150,16 @@ def sparsify(
                 key=_key_at(updater.key, state.mask_key, state.steps),
                 step=state.steps,
             )
-            if updater.observe is not None:
+            if updater.observe is not None and momentum is None:
                 request = request._replace(memory=updater.observe(request, due))
 
             def change():
-                masks, memory, ok = updater.update(request)
+                seen = request
+                if momentum is not None:
+                    seen = request._replace(memory=_moments.begun(momentum, scores))
+                masks, memory, ok = updater.update(seen)
+                if momentum is not None:
+                    memory = request.memory
                 # What did not change is not looked at: it would be copied.
                 pick = lambda new, old: old if new is old else jnp.where(ok, new, old)
                 return (
@@ -162,11 +176,20 @@ def sparsify(
             inner_state = state.inner_state
             if steps:
                 inner_state = _moments.settle(
-                    inner_state, params, masks, old, policy=moments, iterates=iterates
+                    inner_state,
+                    params,
+                    masks,
+                    old,
+                    policy=moments,
+                    iterates=iterates,
+                    dense=momentum is not None,
                 )
-            masked = _map_named(_moments.keep_where, masks, updates)
+            if momentum is None:
+                shown = _map_named(lambda m, g: jnp.where(m, g, 0), masks, updates)
+            else:
+                shown = _map_named(_finite_where_pruned, masks, updates, scores)
             emitted, inner_state = inner.update(
-                masked, inner_state, params, **extra_args
+                shown, inner_state, params, **extra_args
             )
             inner_state = _moments.sweep(inner_state, params, masks, iterates)
 
@@ -264,6 +287,12 @@ def _map_named(fn: Any, masks: dict[str, Any], tree: Any, *rest: dict[str, Any])
         return fn(masks[name], value, *(leaves[name] for leaves in rest))
 
     return jax.tree_util.tree_map_with_path(leaf, tree)
+
+
+def _finite_where_pruned(mask: Any, gradient: Any, score: Any) -> Any:
+    # A pruned entry that once saw NaN would hold it in its momentum for good.
+    score = jnp.where(jnp.isfinite(score), score, 0).astype(gradient.dtype)
+    return jnp.where(mask, gradient, score)
 
 
 def _scores(masks: dict[str, Any], gradients: dict[str, Any], given: Any) -> Any:

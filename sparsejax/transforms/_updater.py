@@ -36,6 +36,9 @@ class Updater(NamedTuple):
         optimizer's passes, out of `update` it would be copied at every step. `due`
         is a boolean scalar: whether masks change at this step. NaN and inf are the
         rule's own to keep out. None: memory changes at updates alone.
+      momentum: Whether `update` would rather see the inner optimizer's momentum as
+        `memory`, which is what `init` and `observe` make where it has none. The inner
+        optimizer is then given dense gradients.
     """
 
     steps: range
@@ -43,3 +46,4 @@ class Updater(NamedTuple):
     update: Callable[[MaskUpdate], tuple[dict[str, Any], Any, Any]]
     key: Any = None
     observe: Callable[[MaskUpdate, Any], Any] | None = None
+    momentum: bool = False

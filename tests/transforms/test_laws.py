@@ -116,6 +116,11 @@ UPDATERS = {
         True,
     ),
     "sparse_momentum": (make("sparse_momentum"), in_all(constant), False),
+    "sparse_momentum, own average": (
+        make("sparse_momentum", decay=0.9),
+        in_all(constant),
+        False,
+    ),
     "sparse_momentum, FanIn": (
         make("sparse_momentum", redistribution=False, structure=FanIn()),
         by_leaf(constant),
@@ -426,6 +431,9 @@ def check_after(inner_name, name, after, new, step):
 # Trees and rules are the same for all; optimizers and rules are paired off, so that
 # every one of each is met.
 PAIRS = [(inner, RULES[i * 3 % len(RULES)]) for i, inner in enumerate(INNER)]
+PAIRS += [(inner, "sparse_momentum") for inner in INNER if inner != "sgd momentum"]
+# Adafactor keeps none; schedule-free's Adam averages in its iterates instead.
+WITHOUT_MOMENTUM = ("adafactor", "schedule_free_adamw")
 
 
 def test_the_pairs_meet_every_rule():
@@ -450,12 +458,17 @@ def test_kept_updates_are_the_inner_optimizers(inner_name, name):
         full = lambda masks: jax.tree.map(fill, params, masks, is_leaf=is_hole)
         old, new = full(old), full(new)
         changed = jax.tree.map(jnp.not_equal, old, new)
-        grads = jax.tree.map(lambda g, m: jnp.where(m, g, 0), grads, new)
+        if not by_momentum:
+            grads = jax.tree.map(lambda g, m: jnp.where(m, g, 0), grads, new)
         with jax.numpy_dtype_promotion("standard"):
             state = policy_zero(inner, state, changed)
             return inner.update(grads, state, params)[0], new
 
     for step, (before, state, grads), (updates, after, new) in train(tx, make_tree()):
+        # What goes by the optimizer's momentum keeps no memory and masks no gradient.
+        by_momentum = name == "sparse_momentum" and inner_name not in WITHOUT_MOMENTUM
+        if name == "sparse_momentum":
+            assert (new.memory == ()) == by_momentum
         check_after(inner_name, name, after, new, step)
         want, full = oracle(grads, state.inner_state, before, state.masks, new.masks)
         for got, expected, mask in zip(

@@ -8,7 +8,7 @@ import pytest
 
 from sparsejax import transforms
 from sparsejax.transforms import MaskUpdate
-from sparsejax.transforms._sparse_momentum import share_out
+from sparsejax.transforms._sparse_momentum import _round_to_bfloat16, share_out
 
 KEY = jax.random.key(0)
 row = lambda *values: jnp.array([values], jnp.float32)
@@ -177,3 +177,114 @@ def test_the_memory_is_of_dense_gradients_from_step_0():
     # M of the zeros: 4, -2, -0.75; 1, 1.5, 1.75. Means of |g| would favour the first.
     np.testing.assert_array_equal(state.memory["w"], row(0, 0, -0.75, 1.75))
     assert state.masks["w"].tolist() == [[False, True, False, True]]
+
+
+def trained(inner, gradients, *, moments="zero", **options):
+    """State and weights after each step from w = 1, 2, 0, 0, of which two are kept."""
+    updater = transforms.sparse_momentum(
+        sparsity=0.5, begin=2, end=2, key=KEY, **options
+    )
+    tx = transforms.sparsify(inner, updater, moments=moments)
+    state = tx.init({"w": jnp.ones((1, 4))})
+    state = state._replace(masks={"w": kept("1100")})
+    params, seen = {"w": row(1, 2, 0, 0)}, []
+    for g in gradients:
+        updates, state = tx.update({"w": g}, state, params)
+        params = optax.apply_updates(params, updates)
+        seen.append((state, params["w"]))
+    return seen
+
+
+# trace <- 0.5 trace + g, of the zeros: 8, -4, then the update at step 2, which sees 4 +
+# -8 = -4 and 1 + 2 = 3 and grows the first by |-4|; its own gradients, 0.5 and 9, would
+# have grown the second. Dropped is 1, the smaller weight. The other goes 2, 3, 3.5 by
+# the traces -4, -2.
+GIVEN = [row(0, -4, 8, 2), row(0, 0, -8, 2), row(0, 0, 0.5, 9)]
+
+
+@pytest.mark.parametrize(
+    "moments, trace, weight",
+    [
+        ("zero", 0.5, -0.125),  # begins with this step's gradient, 0 - 0.25 * 0.5
+        ("keep", -1.5, 0.375),  # 0.5 * -4 + 0.5
+        ("mean", -0.5, 0.125),  # 0.5 * -2 + 0.5, of the one weight that stayed
+    ],
+)
+def test_the_optimizers_momentum_is_what_grows(moments, trace, weight):
+    seen = trained(optax.sgd(0.25, momentum=0.5), GIVEN, moments=moments)
+    np.testing.assert_array_equal(seen[1][1], row(1, 3.5, 0, 0))
+    state, w = seen[-1]
+    assert state.memory == ()
+    assert state.masks["w"].tolist() == [[False, True, True, False]]
+    np.testing.assert_array_equal(w, row(0, 3.75, weight, 0))
+    # Where nothing changed momentum goes on, of zeros too: 0.5 * 3 + 9.
+    got = state.inner_state[0].trace["w"]
+    np.testing.assert_array_equal(got, row(0, -1, trace, 10.5))
+
+
+def test_before_there_is_momentum_gradients_grow():
+    updater = transforms.sparse_momentum(sparsity=0.5, end=0, key=KEY)
+    tx = transforms.sparsify(optax.adam(0.1), updater)
+    state = tx.init({"w": jnp.ones((1, 6))})._replace(masks={"w": kept("111000")})
+    params = {"w": row(1, 2, 3, 0, 0, 0)}
+    # round(0.5 * 3) = 2 of three: in order of their places it were the first two.
+    _, state = tx.update({"w": row(0, 0, 0, 1, -3, 2)}, state, params)
+    assert state.masks["w"].tolist() == [[False, False, True, False, True, True]]
+
+
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf, -jnp.inf])
+def test_a_bad_gradient_of_a_zero_weight_does_not_stay_in_the_momentum(bad):
+    inner = optax.sgd(0.25, momentum=0.5)
+    given = [row(0, 0, bad, 2), row(0, 0, 8, 2), row(0, 0, 0.5, 9)]
+    state, w = trained(inner, given)[-1]
+    # trace of the zeros: 0 (not NaN), 8, cleared for growth, 0.5; 2, 3, 10.5.
+    np.testing.assert_array_equal(state.inner_state[0].trace["w"], row(0, 0, 0.5, 10.5))
+    np.testing.assert_array_equal(w, row(0, 2, -0.125, 0))
+    # Of a kept weight it is the optimizer's business, as without masks.
+    [(state, w)] = trained(inner, [row(bad, 1, 0, 0)])
+    assert not jnp.isfinite(w[0, 0]) and w[0, 1:].tolist() == [1.75, 0, 0]
+
+
+def test_an_average_is_kept_where_the_optimizer_has_no_one_momentum():
+    twice = optax.chain(optax.trace(0.9), optax.adam(1.0))
+    for inner in (optax.sgd(0.1), optax.rmsprop(0.1), twice):
+        seen = trained(inner, [row(0, 0, 8, 2)])
+        np.testing.assert_allclose(
+            seen[0][0].memory["w"].astype(jnp.float32), row(0, 0, 0.8, 0.2), 2e-3
+        )
+    state, _ = trained(optax.adam(0.1), [row(0, 0, 8, 2)], decay=0.5)[0]
+    np.testing.assert_array_equal(state.memory["w"], row(0, 0, 4, 1))
+    # The optimizer then sees masked gradients, as under other updaters.
+    np.testing.assert_array_equal(state.inner_state[0].mu["w"], row(0, 0, 0, 0))
+
+
+def test_gradients_given_apart_enter_the_optimizers_momentum():
+    # A loop whose gradients are sparse passes dense ones as grow_scores.
+    updater = transforms.sparse_momentum(sparsity=0.5, begin=2, end=2, key=KEY)
+    tx = transforms.sparsify(optax.sgd(0.25, momentum=0.5), updater)
+    state = tx.init({"w": jnp.ones((1, 4))})._replace(masks={"w": kept("1100")})
+    _, state = tx.update(
+        {"w": row(1, 2, 0, 0)},
+        state,
+        {"w": row(1, 2, 0, 0)},
+        grow_scores={"w": row(7, 7, 3, -4)},
+    )
+    np.testing.assert_array_equal(state.inner_state[0].trace["w"], row(1, 2, 3, -4))
+
+
+def test_a_weight_called_mu_is_no_momentum():
+    updater = transforms.sparse_momentum(sparsity=0.5, end=9, key=KEY)
+    tx = transforms.sparsify(optax.adam(0.1), updater)
+    state = tx.init({"mu": {"mu": jnp.ones((2, 2))}, "trace": jnp.ones((2, 2))})
+    assert state.memory == ()
+
+
+def test_bfloat16_by_the_bits_is_bfloat16():
+    bits = jax.random.bits(KEY, (100_000,), jnp.uint32)
+    x = jax.lax.bitcast_convert_type(bits, jnp.float32)
+    x = x[jnp.abs(x) <= float(jnp.finfo(jnp.bfloat16).max)]
+    ties = jax.lax.bitcast_convert_type(bits & 0x7F7F8000 | 0x8000, jnp.float32)
+    for given in (x, ties[jnp.abs(ties) < 3e38], row(0.0, -0.0)):
+        got = _round_to_bfloat16(given)
+        as_bits = lambda v: jax.lax.bitcast_convert_type(v, jnp.uint16)
+        np.testing.assert_array_equal(as_bits(got), as_bits(given.astype(jnp.bfloat16)))

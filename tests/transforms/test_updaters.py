@@ -25,6 +25,7 @@ from sparsejax.masks import (
     topk_mask,
 )
 from sparsejax.transforms import MaskUpdate, Updater
+from sparsejax.transforms._shared import random_scores
 
 
 def start(tx, params):
@@ -609,3 +610,38 @@ def test_first_masks_do_not_depend_on_names():
     assert bits(first["a"]) == bits(other["x"]) != bits(first["b"]) == bits(other["y"])
     draw = jax.random.uniform(jax.random.fold_in(updater.key, 1), (4, 4))
     np.testing.assert_array_equal(first["b"], draw >= jnp.sort(draw.ravel())[8])
+
+
+def test_random_scores_are_the_hash_that_they_claim():
+    def h(x):
+        x = (x ^ x >> 16) * 0x85EBCA6B % 2**32
+        x = (x ^ x >> 13) * 0xC2B2AE35 % 2**32
+        return x ^ x >> 16
+
+    key = jax.random.key(7)
+    assert [h(0), h(1)] == [0, 0x514E28B7]  # MurmurHash3's, published
+    a, b = (int(word) for word in jax.random.bits(key, (2,), jnp.uint32))
+    want = [h(h(i ^ a) ^ b) >> 8 for i in range(3 * 5 * 7)]
+    got = random_scores(key, (3, 5, 7))
+    assert got.ravel().tolist() == want
+
+
+def test_random_scores_favour_no_place_and_no_neighbours():
+    draws, size, kept = 2000, 512, 64
+    keys = jax.random.split(jax.random.key(0), draws)
+    scores = jax.vmap(lambda key: random_scores(key, (16, 32)).ravel())(keys)
+    chosen = np.asarray(jax.vmap(lambda s: topk_mask(s, kept))(scores), np.float64)
+    share = kept / size
+    # Sums of many draws: their mean square in units of what chance gives is 1.
+    square = lambda x: np.mean(x**2)
+    places = (chosen.sum(0) - draws * share) / (draws * share * (1 - share)) ** 0.5
+    assert abs(square(places) - 1) < 5 * (2 / size) ** 0.5
+    pair = share * (kept - 1) / (size - 1)
+    for apart in (1, 2, 7, 32, 256):
+        both = (chosen[:, apart:] * chosen[:, :-apart]).sum(0)
+        z = (both - draws * pair) / (draws * pair * (1 - pair)) ** 0.5
+        assert abs(square(z) - 1) < 5 * (2 / size) ** 0.5 and abs(z.mean()) < 1
+    # Nor does one key say anything of the next.
+    again = (chosen[1:] * chosen[:-1]).sum(0)
+    z = (again - draws * share**2) / (draws * share**2 * (1 - share**2)) ** 0.5
+    assert abs(square(z) - 1) < 5 * (2 / size) ** 0.5
