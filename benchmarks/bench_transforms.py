@@ -13,8 +13,8 @@ The first allocates, which costs most of its time and half as much again at some
 as at others: a round runs single steps, with and without an update of the masks, by one
 transformation after the other, and adds them up, `--every` - 1 and 1. malloc keeps
 blocks below 32 MiB and gives back larger ones, which is what glibc adapts to in a
-process that trains with one of them. What is donated can be used but once: there a round
-runs all steps one after the other.
+process that trains with one of them. What is donated can be used but once: there a
+round runs all steps one after the other.
 
 The last with few updaters and the first size of `--train-rows` only: seconds a case.
 
