@@ -9,6 +9,10 @@ program has arrays of its own, so a round goes through all of them as a model go
 through its layers; ``--layers`` puts that many layers of the shape, alike but for their
 numbers, into each program, as in a step of decoding. The summary of the JSON has the
 ratios to dense.
+
+Programs run in the thread that calls them. By default jax hands even the shortest to
+another one, which costs as much as the product of a small layer, sparse or dense;
+``--async-dispatch`` times that too.
 """
 
 import argparse
@@ -31,9 +35,11 @@ def main():
     add("--sparsities", type=float, nargs="+", default=[0.8, 0.9, 0.95, 0.99])
     add("--layers", type=int, default=1, help="of one shape in every program")
     add("--dtype", default="float32")
-    add("--rounds", type=int, default=15)
+    add("--rounds", type=int, default=40)
+    add("--async-dispatch", action="store_true", help="jax's default")
     add("--label", default="", help="appended to the name of the result")
     args = parser.parse_args()
+    jax.config.update("jax_cpu_enable_async_dispatch", args.async_dispatch)
 
     everything, summary = {}, {}
     for shape in args.shapes:
