@@ -10,11 +10,11 @@ plain AdamW in the same rounds. Three kinds of step:
                  what a user's loop runs
 
 The first allocates, which costs most of its time and half as much again at some times
-as at others: a round runs single steps, with and without an update of the masks, by one
-transformation after the other, and adds them up, `--every` - 1 and 1. malloc keeps
-blocks below 32 MiB and gives back larger ones, which is what glibc adapts to in a
-process that trains with one of them. What is donated can be used but once: there a
-round runs all steps one after the other.
+as at others: a round runs single steps, with and without an update of the masks, by
+AdamW alone and by one transformation, and adds them up, `--every` - 1 and 1. malloc
+keeps blocks below 32 MiB and gives back larger ones, which is what glibc adapts to in a
+process that trains. What is donated can be used but once: there a round runs all steps
+one after the other, by one transformation after the other.
 
 The last with few updaters and the first size of `--train-rows` only: seconds a case.
 
@@ -109,6 +109,25 @@ def one_step(name, tx, params, batches, gradient, begin):
     yield Case(f"{name}, update", lambda: program(*update, batches[1]), compile_s)
 
 
+def by_turns(kind, params, batches, gradient, args):
+    """(times, name, ratio to AdamW alone) of each transformation beside it."""
+    stepped = lambda name, tx: list(
+        one_step(name, tx, params, batches, gradient, args.every // 2)
+    )
+    (_, adamw), *others = transformations(args.sparsity, args.every)
+    base = f"{kind}: adamw"
+    alone = stepped(base, adamw)
+    for name, tx in others:
+        name = f"{kind}: {name}"
+        timed = interleave(alone + stepped(name, tx), rounds=24 * args.rounds)
+        found = amortized(timed, name, base, args.every)
+        print(table(timed, base=base))
+        print(f"{name}: {found:.3f} of AdamW, updates amortized\n", flush=True)
+        for case in alone:
+            timed[f"{case.name}, beside {name}"] = timed.pop(case.name)
+        yield timed, name, found
+
+
 def amortized(timed, name, base, every):
     """Median over rounds of the ratio of `every` steps, one of which is an update."""
     of = lambda name: zip(
@@ -170,21 +189,9 @@ def main():
     for kind, params, batches, gradient, donate in settings():
         base = f"{kind}: adamw"
         if not donate:
-            cases = [
-                case
-                for name, tx in transformations(args.sparsity, args.every)
-                for case in one_step(
-                    f"{kind}: {name}", tx, params, batches, gradient, args.every // 2
-                )
-            ]
-            timed = interleave(cases, rounds=8 * args.rounds, warmup=1)
-            print(table(timed, base=base))
-            for case in cases[2::2]:
-                found = amortized(timed, case.name, base, args.every)
-                print(f"{case.name}: {found:.3f} of AdamW, updates amortized")
-                summary[case.name] = found
-            times |= timed
-            del cases
+            for timed, name, found in by_turns(kind, params, batches, gradient, args):
+                summary[name] = found
+                times |= timed
             continue
         cases = [
             steps(f"{kind}: {name}", tx, params, batches, gradient, args.every, donate)
@@ -213,7 +220,7 @@ def main():
     path = save(
         "transforms",
         times | timed,
-        base=f"{args.rows[0] ** 2 / 2**20:g}M optimizer: adamw",
+        base=next(iter(times)),
         config=vars(args),
         summary=summary,
         path=args.json,

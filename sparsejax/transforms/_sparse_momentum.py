@@ -41,18 +41,17 @@ def sparse_momentum(
 ) -> Updater:
     r"""Grows where the momentum is large, in the layers where it is: sparse momentum.
 
-    M is the optimizer's own momentum, as in the authors' code: the `trace` of
-    `optax.sgd` or the `mu` of `optax.adam` and its kin, wherever it is in the inner
-    optimizer's state, as the step before left it (and the gradients themselves where
-    there has been none). For its sake the inner optimizer sees dense gradients, where
-    other updaters show it masked ones: a norm over all of them is the dense one. What
-    it has kept of a weight that grows is cleared nevertheless, unless `sparsify` is
-    told otherwise by `moments`: to take it along cost 0.05 to 0.08 bits per byte in
-    `examples/compare_methods.py`.
+    M is the inner optimizer's own momentum, as in the authors' code: the `trace` of
+    `optax.sgd` or the `mu` of `optax.adam` and its kin, wherever in its state, as the
+    step before left it (before there is one, the gradients). So the inner optimizer
+    sees dense gradients, where other updaters show it masked ones; a norm over all of
+    them, as for clipping, is then the dense one. What it has kept of a weight that
+    grows is cleared, as ever, unless `sparsify` is told otherwise by `moments`: taking
+    it along cost 0.05 to 0.08 bits per byte in `examples/compare_methods.py`.
 
-    Where the inner optimizer has no momentum, or more than one, and where `decay` is
-    given, the inner optimizer sees masked gradients, and the dense ones g enter at
-    every step an average kept here,
+    Where the inner optimizer has no momentum, or more than one, or `decay` is given,
+    it sees masked gradients, and at every step the dense ones, g, enter an average
+    kept here:
 
     .. math:: M \leftarrow \alpha M + (1 - \alpha) g
 
@@ -72,11 +71,11 @@ def sparse_momentum(
     authors' code holds it about constant. A weight just dropped does not grow back.
 
     A gradient that is not finite counts for nothing in M where the weight is zero, and
-    nowhere in an average kept here. The optimizer's momentum costs nothing more. An
-    average costs one more pass per step, and memory: by default half of one of Adam's
-    moments. Rounded to bfloat16 it no longer follows a gradient within 4% of it (at
-    alpha 0.9), which is less than gradients differ from step to step; with alpha above
-    0.99 take float32.
+    nowhere in an average kept here. Going by the optimizer's momentum costs a step
+    hardly more than `static` does. An average costs a pass per step and memory, by
+    default half of one of Adam's moments; rounded to bfloat16 it no longer follows a
+    gradient within 4% of it (at alpha 0.9), which is less than gradients differ from
+    step to step; with alpha above 0.99 take float32.
 
     Args:
       sparsity: Fraction of masked weights that is zero, in [0, 1].
@@ -86,8 +85,8 @@ def sparse_momentum(
       distribution: `(shapes, density) -> densities` over leaves by name, at first.
       key: PRNG key for the first masks.
       drop_fraction: The paper's prune rate; or a function of the step, taken as it is.
-      decay: alpha of an average kept here. None: the optimizer's momentum, or, where
-        there is none, an average with 0.9.
+      decay: alpha of an average kept here. None: the inner optimizer's momentum, or,
+        where it has not just one, an average with 0.9.
       redistribution: Whether density moves between leaves. False: each grows what it
         dropped.
       average_dtype: In which the average is kept; it is computed in float32.
