@@ -233,6 +233,16 @@ def test_before_there_is_momentum_gradients_grow():
 
 
 @pytest.mark.parametrize("bad", [jnp.nan, jnp.inf, -jnp.inf])
+def test_bad_gradients_do_not_grow_before_there_is_momentum(bad):
+    updater = transforms.sparse_momentum(sparsity=0.5, end=0, key=KEY)
+    tx = transforms.sparsify(optax.adam(0.1), updater)
+    state = tx.init({"w": jnp.ones((1, 4))})._replace(masks={"w": kept("1100")})
+    _, state = tx.update({"w": row(0, 0, bad, 1)}, state, {"w": row(1, 2, 0, 0)})
+    assert state.masks["w"].tolist() == [[False, True, False, True]]
+    assert int(state.skipped_updates) == 0
+
+
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf, -jnp.inf])
 def test_a_bad_gradient_of_a_zero_weight_does_not_stay_in_the_momentum(bad):
     inner = optax.sgd(0.25, momentum=0.5)
     given = [row(0, 0, bad, 2), row(0, 0, 8, 2), row(0, 0, 0.5, 9)]

@@ -612,6 +612,23 @@ def test_first_masks_do_not_depend_on_names():
     np.testing.assert_array_equal(first["b"], draw >= jnp.sort(draw.ravel())[8])
 
 
+def test_set_draws_for_each_leaf_and_each_update_anew():
+    options = dict(sparsity=0.5, every=1, key=jax.random.key(0))
+    updater = transforms.sparse_evolutionary_training(**options)
+    tx = transforms.sparsify(optax.sgd(0.0), updater)
+    zeros = {name: jnp.zeros((8, 16)) for name in "ab"}
+    half = {name: jnp.arange(128).reshape(8, 16) % 2 == 0 for name in "ab"}
+    state = with_masks(tx.init(zeros), half)
+    grown = []
+    for _ in range(2):
+        new = tx.update(zeros, with_masks(state, half), zeros)[1]
+        grown += [(new.masks[name] & ~half[name]).ravel().tolist() for name in "ab"]
+        state = new
+    # round(0.3 * 64) = 19 of 64 places, four times, none as another.
+    assert [sum(places) for places in grown] == [19] * 4
+    assert len(set(map(tuple, grown))) == 4
+
+
 def test_random_scores_are_the_hash_that_they_claim():
     def h(x):
         x = (x ^ x >> 16) * 0x85EBCA6B % 2**32
