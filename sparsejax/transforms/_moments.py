@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from sparsejax.masks import path_name
+from sparsejax.masks._structure import at_least_float32
 
 POLICIES = ("keep", "zero", "mean")
 
@@ -124,7 +125,7 @@ def begun(momentum: dict[str, Any], gradients: dict[str, Any]) -> dict[str, Any]
     started = jnp.any(jnp.stack([jnp.any(m != 0) for m in momentum.values()]))
     out = {}
     for name, m in momentum.items():
-        wide = jnp.promote_types(m.dtype, gradients[name].dtype)
+        wide = at_least_float32(m.dtype)
         m = jnp.where(started, m.astype(wide), gradients[name].astype(wide))
         out[name] = jnp.where(jnp.isfinite(m), m, 0)
     return out

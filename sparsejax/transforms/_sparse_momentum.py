@@ -159,7 +159,8 @@ def sparse_momentum(
 
 def _average(m: Any, g: Any, alpha: float) -> Any:
     wide = structures.at_least_float32(m.dtype)
-    new = m.astype(wide) * alpha + g.astype(wide) * (1 - alpha)
+    g = g.astype(wide)
+    new = m.astype(wide) * alpha + g * (1 - alpha)
     if m.dtype != jnp.bfloat16:
         new = new.astype(m.dtype)
         return jnp.where(jnp.isfinite(new), new, m)

@@ -291,8 +291,8 @@ def _map_named(fn: Any, masks: dict[str, Any], tree: Any, *rest: dict[str, Any])
 
 def _finite_where_pruned(mask: Any, gradient: Any, score: Any) -> Any:
     # A pruned entry that once saw NaN would hold it in its momentum for good.
-    score = jnp.where(jnp.isfinite(score), score, 0).astype(gradient.dtype)
-    return jnp.where(mask, gradient, score)
+    score = score.astype(gradient.dtype)
+    return jnp.where(mask, gradient, jnp.where(jnp.isfinite(score), score, 0))
 
 
 def _scores(masks: dict[str, Any], gradients: dict[str, Any], given: Any) -> Any:

@@ -282,6 +282,32 @@ def test_gradients_given_apart_enter_the_optimizers_momentum():
     np.testing.assert_array_equal(state.inner_state[0].trace["w"], row(1, 2, 3, -4))
 
 
+def test_momentum_in_another_dtype_than_gradients():
+    updater = transforms.sparse_momentum(sparsity=0.5, end=0, key=KEY)
+    tx = transforms.sparsify(optax.adam(0.1, mu_dtype=jnp.bfloat16), updater)
+    state = tx.init({"w": jnp.ones((1, 4))})._replace(masks={"w": kept("1100")})
+    _, state = tx.update({"w": row(0, 0, 2, 1)}, state, {"w": row(1, 2, 0, 0)})
+    assert state.inner_state[0].mu["w"].dtype == jnp.bfloat16
+    assert state.masks["w"].tolist() == [[False, True, True, False]]
+
+
+@pytest.mark.parametrize("decay", [None, 0.0])
+def test_what_overflows_in_float16_stays_out(decay):
+    # float16 ends at 65504: 1e6 is inf there, among gradients and among scores.
+    half = lambda *values: row(*values).astype(jnp.float16)
+    updater = transforms.sparse_momentum(sparsity=0.5, end=9, key=KEY, decay=decay)
+    tx = transforms.sparsify(optax.sgd(0.25, momentum=0.5), updater)
+    state = tx.init({"w": jnp.ones((1, 4), jnp.float16)})
+    state = state._replace(masks={"w": kept("1100")}, next_update=jnp.int32(-1))
+    for scores in (None, {"w": row(0, 0, 1e6, 1)}):
+        given = {"w": half(0, 0, jnp.inf, 1)}
+        _, new = tx.update(given, state, {"w": half(1, 2, 0, 0)}, grow_scores=scores)
+        m = new.inner_state[0].trace["w"] if decay is None else new.memory["w"]
+        # A float32 score of 1e6 is finite in the average, which is kept in bfloat16.
+        want = 0 if decay is None or scores is None else 1e6
+        np.testing.assert_allclose(m.astype(jnp.float32), row(0, 0, want, 1), 4e-3)
+
+
 def test_a_weight_called_mu_is_no_momentum():
     updater = transforms.sparse_momentum(sparsity=0.5, end=9, key=KEY)
     tx = transforms.sparsify(optax.adam(0.1), updater)
