@@ -67,8 +67,8 @@ _tests = itertools.count(1)
 def pytest_runtest_teardown():
     """Lets go of what was compiled, now and then.
 
-    A process holds gigabytes of it otherwise, and jax's cache of calls fills up, after
-    which a function's ``_cache_size`` may be 0.
+    A process holds gigabytes of it otherwise. A test that counts traces does so within
+    itself, by a list of its own: jax's cache of calls is one for all and may be full.
     """
     if next(_tests) % 500 == 0:
         jax.clear_caches()
