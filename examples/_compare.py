@@ -122,7 +122,7 @@ def load_digits(settings: Settings, paths: list[str]) -> Task:
 def load_text(settings: Settings, paths: list[str]) -> Task:
     """Bytes from those before; the halves of the held-out text validate and test."""
     context = settings.context
-    text = _data.load_text(paths, needed=2 * (context + 1))
+    text = _data.load_text(paths, needed=2 * (context + 1), flag="--paths")
     train, held_out = text.train, text.validation
     middle = len(held_out) // 2
 

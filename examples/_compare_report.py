@@ -65,13 +65,6 @@ class Rows:
         self.rows.append(row)
         self._append(row)
 
-    def has(self, method: str, sparsity: float, seed: int) -> bool:
-        """Whether the row of this training is there."""
-        return any(
-            (row["method"], row["sparsity"], row["seed"]) == (method, sparsity, seed)
-            for row in self.rows
-        )
-
     def _append(self, record: Row) -> None:
         with self.path.open("a") as file:
             file.write(json.dumps(record) + "\n")
@@ -122,29 +115,65 @@ def score(values: Sequence[float]) -> Score:
     return Score(statistics.fmean(values) if values else math.nan, error, count)
 
 
+class At(NamedTuple):
+    """A column of the table; of N:M methods each pattern is one."""
+
+    sparsity: float
+    pattern: tuple[int, int] | None = None
+
+    def __str__(self) -> str:
+        """0.95 -> 95%, of patterns 1:8 (87.5%)."""
+        share = "dense" if self.sparsity == 0 else f"{100 * self.sparsity:.4g}%"
+        return f"{show_pattern(self.pattern)} ({share})" if self.pattern else share
+
+
+def show_pattern(pattern: tuple[int, int]) -> str:
+    """(1, 8) -> 1:8."""
+    return "{}:{}".format(*pattern)
+
+
+def column_of(row: Row) -> At:
+    """Where the score of a row belongs."""
+    pattern = row.get("pattern")
+    return At(row["sparsity"], tuple(pattern) if pattern else None)
+
+
 class Scores:
     """Scores of the rows on one split."""
 
     def __init__(self, rows: Iterable[Row], split: str, digits: int = 2):
         self.split, self.spec = split, f".{digits}f"
-        self.by_seed: dict[tuple[str, float], dict[int, float]] = {}
+        self.by_seed: dict[tuple[str, At], dict[int, float]] = {}
         for row in rows:
-            found = self.by_seed.setdefault((row["method"], row["sparsity"]), {})
+            found = self.by_seed.setdefault((row["method"], column_of(row)), {})
             found[row["seed"]] = row[split]
 
-    def __call__(self, method: str, sparsity: float) -> Score:
+    def __call__(self, method: str, at: At) -> Score:
         """Of a method at a sparsity; its mean is NaN where there are no rows."""
-        return score([*self.by_seed.get((method, sparsity), {}).values()])
+        return score([*self.by_seed.get((method, at), {}).values()])
 
-    def sparsities(self, method: str) -> list[float]:
-        """At which there are rows, rising."""
-        return sorted(s for name, s in self.by_seed if name == method)
+    def columns(self, *methods: str) -> list[At]:
+        """At which there are rows of any of the methods, by rising sparsity."""
+        found = {at for name, at in self.by_seed if name in methods}
+        return sorted(found, key=lambda at: (at.sparsity, at.pattern or ()))
 
-    def difference(self, one: str, other: str, at: float, other_at: float) -> Score:
+    def paired(self, one: tuple[str, At], other: tuple[str, At]) -> "Pair":
         """Of two methods over the seeds that both have: pairs, of equal beginnings."""
-        pair = [self.by_seed.get(k, {}) for k in ((one, at), (other, other_at))]
-        seeds = sorted(set(pair[0]) & set(pair[1]))
-        return score([pair[0][seed] - pair[1][seed] for seed in seeds])
+        a, b = (self.by_seed.get(key, {}) for key in (one, other))
+        seeds = sorted(set(a) & set(b))
+        return Pair(
+            score([a[seed] for seed in seeds]),
+            score([b[seed] for seed in seeds]),
+            score([a[seed] - b[seed] for seed in seeds]),
+        )
+
+
+class Pair(NamedTuple):
+    """Scores of two methods over the same seeds, and their difference by seed."""
+
+    one: Score
+    other: Score
+    gap: Score
 
 
 class Claim(NamedTuple):
@@ -158,42 +187,78 @@ class Claim(NamedTuple):
 
 
 def check_claims(
-    claims: Sequence[Claim], validation: Scores, shown: Scores, sign: int
+    claims: Sequence[Claim], validation: Scores, shown: Scores, sign: int, seeds: int
 ) -> list[tuple[str, ...]]:
     """Rows of text: claim, sparsity, scores, difference, verdict.
 
     Args:
-      claims: What to check; left out where there are no rows.
+      claims: What to check; left out where no seed has rows of both methods.
       validation: Scores by which one of several methods is chosen.
       shown: Scores that are compared.
       sign: 1 where more is better, -1 where less is.
+      seeds: How many there should be.
     """
     lines = []
     for claim in claims:
-        for sparsity in claim.sparsities:
-            there = [m for m in claim.methods if shown(m, sparsity).count]
-            at = sparsity if shown(claim.other, sparsity).count else 0.0  # dense
-            if not there or not shown(claim.other, at).count:
+        columns = shown.columns(*claim.methods)
+        for at in (at for s in claim.sparsities for at in columns if at.sparsity == s):
+            found = _best(claim, at, validation, shown, sign)
+            if found is None:
                 continue
-            best = max(there, key=lambda m: sign * validation(m, sparsity).mean)
-            one, other = shown(best, sparsity), shown(claim.other, at)
-            gap = shown.difference(best, claim.other, sparsity, at)
-            gain = sign * (one.mean - other.mean)
-            holds = gain >= -other.error if claim.within else gain > 0
-            verdict = "holds" if holds else "does not hold"
-            if not claim.within and abs(gap.mean) <= gap.error:
-                verdict += ", within one standard error"
+            best, pair = found
             lines.append(
                 (
                     claim.text,
-                    f"{sparsity:.4g}",
-                    f"{best} {one:{shown.spec}}",
-                    f"{claim.other} {other:{shown.spec}}",
-                    f"{gap:+{shown.spec}}",
-                    verdict,
+                    str(at) if at.pattern else f"{at.sparsity:.4g}",
+                    f"{best} {pair.one:{shown.spec}}",
+                    f"{claim.other} {pair.other:{shown.spec}}",
+                    f"{pair.gap:+{shown.spec}}",
+                    _verdict(claim, pair, sign, seeds),
                 )
             )
     return lines
+
+
+def _best(
+    claim: Claim, at: At, validation: Scores, shown: Scores, sign: int
+) -> tuple[str, Pair] | None:
+    """The claim's best method at a sparsity, and what it is beside the other one."""
+    other = (claim.other, at)
+    if other not in shown.by_seed:
+        other = (claim.other, At(0.0))  # dense
+    gains = {
+        method: _exact(sign * pair.gap.mean)
+        for method in claim.methods
+        if (pair := validation.paired((method, at), other)).gap.count
+    }
+    if not gains:
+        return None
+    best = max(gains, key=lambda method: gains[method])
+    return best, shown.paired((best, at), other)
+
+
+def _verdict(claim: Claim, pair: Pair, sign: int, seeds: int) -> str:
+    """Whether a claim holds, by the differences of the seeds that both methods have."""
+    gap = pair.gap
+    gain, known = _exact(sign * gap.mean), gap.count > 1
+    if claim.within and known:
+        words = ["holds" if _exact(gain + pair.other.error) >= 0 else "does not hold"]
+    elif claim.within:
+        words = ["not decided"]
+    else:
+        words = ["holds" if gain > 0 else "does not hold"]
+        if known and _exact(abs(gain) - gap.error) <= 0:
+            words.append("within one standard error")
+    if gap.count < seeds:
+        words.append(f"on {gap.count} of {seeds} seeds")
+    if not known:
+        words.append("standard error not known from one seed")
+    return ", ".join(words)
+
+
+def _exact(difference: float) -> float:
+    """Without the rounding errors: scores have six decimals."""
+    return round(difference, 9)
 
 
 CLAIMS_HEAD = ("claim", "sparsity", "one", "other", "difference, by seed", "verdict")
@@ -201,20 +266,15 @@ CLAIMS_HEAD = ("claim", "sparsity", "one", "other", "difference, by seed", "verd
 
 def score_lines(scores: Scores, methods: Sequence[str]) -> list[tuple[str, ...]]:
     """Rows of text, the head first: a method per row, a sparsity per column."""
-    columns = sorted({s for m in methods for s in scores.sparsities(m)})
-    lines = [("method", *(show_sparsity(s) for s in columns))]
+    columns = scores.columns(*methods)
+    lines = [("method", *map(str, columns))]
     for method in methods:
-        if scores.sparsities(method):
-            found = [scores(method, s) for s in columns]
+        if scores.columns(method):
+            found = [scores(method, at) for at in columns]
             lines.append(
                 (method, *(f"{x:{scores.spec}}" if x.count else "" for x in found))
             )
     return lines
-
-
-def show_sparsity(sparsity: float) -> str:
-    """0.95 -> 95%."""
-    return "dense" if sparsity == 0 else f"{100 * sparsity:.4g}%"
 
 
 def markdown(lines: Sequence[Sequence[str]]) -> str:
@@ -247,12 +307,15 @@ def plot(
     path: pathlib.Path,
 ) -> None:
     """Score against sparsity: a panel per family, the references in grey in each."""
-    there = lambda names: [m for m in names if scores.sparsities(m)]
+    there = lambda names: [m for m in names if scores.columns(m)]
     families = {k: there(names) for k, names in families.items() if there(names)}
     # What only is a reference needs no panel.
     families = {k: v for k, v in families.items() if v != ["dense"]} or families
     columns = min(len(families), 3)
     rows = -(-len(families) // columns)
+    drawn = [at for m in sum(families.values(), []) for at in scores.columns(m)]
+    sparse = [at for at in drawn if at.sparsity > 0]
+    places = _places(sparse)
     figure, axes = plt.subplots(
         rows,
         columns,
@@ -268,11 +331,11 @@ def plot(
         for i, method in enumerate(methods):
             if method in references:
                 continue
-            sparsities = scores.sparsities(method)
-            found = [scores(method, s) for s in sparsities]
+            ats = scores.columns(method)
+            found = [scores(method, at) for at in ats]
             # A little to the side, or bars hide each other.
             axis.errorbar(
-                [(1 - s) * 1.03 ** (i - len(methods) / 2) for s in sparsities],
+                [places[at] * 1.03 ** (i - len(methods) / 2) for at in ats],
                 [x.mean for x in found],
                 yerr=[0 if math.isnan(x.error) else x.error for x in found],
                 color=COLORS[i % len(COLORS)],
@@ -287,16 +350,15 @@ def plot(
             axis.set_yscale("function", functions=(_rank_of, _accuracy_of))
             axis.yaxis.set_major_locator(matplotlib.ticker.FixedLocator(_PERCENT))
         axis.set_xscale("log")
+        _name_patterns(axis, scores.columns(*methods), places)
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
         axis.legend(frameon=False, fontsize="small")
-    drawn = sum(families.values(), [])
-    sparse = [s for m in drawn for s in scores.sparsities(m) if s > 0]
-    if sparse:
+    if places:
         first = axes[0, 0]
-        first.set_xlim((1 - min(sparse)) * 1.2, (1 - max(sparse)) / 1.2)
-        ticks = _apart(sparse)
-        first.set_xticks([1 - s for s in ticks], [show_sparsity(s) for s in ticks])
+        first.set_xlim(max(places.values()) * 1.2, min(places.values()) / 1.2)
+        ticks = _apart([at.sparsity for at in sparse])
+        first.set_xticks([1 - s for s in ticks], [str(At(s)) for s in ticks])
         first.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
     for axis in axes.flat[len(families) :]:
         axis.set_visible(False)
@@ -304,6 +366,26 @@ def plot(
     figure.supylabel(f"{ylabel}, {scores.split}")
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def _places(columns: Sequence[At]) -> dict[At, float]:
+    """Where columns are drawn: at their density; those of one density side by side."""
+    places = {at: 1 - at.sparsity for at in columns}
+    for at in places:
+        beside = sorted(a for a in places if a.pattern and a.sparsity == at.sparsity)
+        if at.pattern:
+            places[at] *= 1.2 ** ((len(beside) - 1) / 2 - beside.index(at))
+    return places
+
+
+def _name_patterns(axis: Any, columns: list[At], places: dict[At, float]) -> None:
+    """Writes N:M above a panel, where there are patterns; after its scale is set."""
+    names = {places[at]: show_pattern(at.pattern) for at in columns if at.pattern}
+    if names:
+        top = axis.secondary_xaxis("top")
+        top.set_xticks([*names], [*names.values()], fontsize="small")
+        top.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
+        top.spines["top"].set_visible(False)
 
 
 def _rank_of(accuracy: Any) -> Any:
@@ -316,16 +398,16 @@ def _accuracy_of(rank: Any) -> Any:
 
 
 def _draw_reference(axis: Any, scores: Scores, method: str) -> None:
-    sparsities = scores.sparsities(method)
-    found = [scores(method, s) for s in sparsities]
-    if sparsities == [0.0]:
+    columns = scores.columns(method)
+    found = [scores(method, at) for at in columns]
+    if columns == [At(0.0)]:
         (one,) = found
         axis.axhline(one.mean, color="0.45", linestyle="--", linewidth=1, label=method)
         if not math.isnan(one.error):
             axis.axhspan(one.mean - one.error, one.mean + one.error, color="0.9")
         return
     axis.plot(
-        [1 - s for s in sparsities],
+        [1 - at.sparsity for at in columns],
         [x.mean for x in found],
         color="0.6",
         linestyle=":",

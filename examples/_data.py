@@ -38,7 +38,9 @@ class Text:
     source: str
 
 
-def load_text(paths: Sequence[str] = (), *, needed: int = 2) -> Text:
+def load_text(
+    paths: Sequence[str] = (), *, needed: int = 2, flag: str = "--data"
+) -> Text:
     """Reads the text and splits it into train and validation by file.
 
     Files are ordered by a hash of their names; the first ones, 5% of the bytes, are
@@ -48,6 +50,7 @@ def load_text(paths: Sequence[str] = (), *, needed: int = 2) -> Text:
       paths: Files or folders (searched through; binary and hidden files are skipped).
         None given: the standard library's ``.py`` files.
       needed: How many bytes each of the two halves must have at least.
+      flag: What `paths` are called on the command line, for errors.
 
     Raises:
       ValueError: A path cannot be read, or there is too little text.
@@ -57,7 +60,7 @@ def load_text(paths: Sequence[str] = (), *, needed: int = 2) -> Text:
         files = [
             (f"{i}/{name}", file)
             for i, path in enumerate(paths)
-            for name, file in _find(pathlib.Path(path))
+            for name, file in _find(pathlib.Path(path), flag)
         ]
         source = ", ".join(map(str, paths))
     else:
@@ -68,12 +71,12 @@ def load_text(paths: Sequence[str] = (), *, needed: int = 2) -> Text:
             if not {"site-packages", "dist-packages"} & set(path.parts)
         ]
         source = "the Python standard library's sources"
-    texts = {name: _read(path) for name, path in files}
+    texts = {name: _read(path, flag) for name, path in files}
     texts = {name: text for name, text in texts.items() if text and b"\0" not in text}
     total = sum(map(len, texts.values()))
     if total == 0:
         raise ValueError(
-            f"--data: got {len(files)} files without text in {source}, needed text"
+            f"{flag}: got {len(files)} files without text in {source}, needed text"
         )
 
     if len(texts) == 1:
@@ -91,7 +94,7 @@ def load_text(paths: Sequence[str] = (), *, needed: int = 2) -> Text:
     for half, text in (("training", train), ("validation", validation)):
         if len(text) < needed:
             raise ValueError(
-                f"--data: got {len(text)} bytes for {half} from {source} ({total} "
+                f"{flag}: got {len(text)} bytes for {half} from {source} ({total} "
                 f"bytes in {len(texts)} files), needed at least {needed}"
             )
     return Text(
@@ -102,10 +105,10 @@ def load_text(paths: Sequence[str] = (), *, needed: int = 2) -> Text:
     )
 
 
-def _find(path: pathlib.Path) -> list[tuple[str, pathlib.Path]]:
+def _find(path: pathlib.Path, flag: str) -> list[tuple[str, pathlib.Path]]:
     """Returns (name, path) of a file, or of each file below a folder."""
     if not path.exists():
-        raise ValueError(f"--data: got {path}, which is not there, needed a file")
+        raise ValueError(f"{flag}: got {path}, which is not there, needed a file")
     if path.is_file():
         return [(path.name, path)]
     try:
@@ -117,19 +120,19 @@ def _find(path: pathlib.Path) -> list[tuple[str, pathlib.Path]]:
         ]
     except OSError as error:
         raise ValueError(
-            f"--data: got {path}, which cannot be read ({error}), needed a folder"
+            f"{flag}: got {path}, which cannot be read ({error}), needed a folder"
         ) from error
     if not found:
-        raise ValueError(f"--data: got {path}, an empty folder, needed files with text")
+        raise ValueError(f"{flag}: got {path}, an empty folder, needed files with text")
     return found
 
 
-def _read(path: pathlib.Path) -> bytes:
+def _read(path: pathlib.Path, flag: str) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
         raise ValueError(
-            f"--data: got {path}, which cannot be read ({error}), needed a text file"
+            f"{flag}: got {path}, which cannot be read ({error}), needed a text file"
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""Compares sparse-training methods on real data: methods x sparsities x seeds.
+r"""Compares sparse-training methods on real data: methods x sparsities x seeds.
 
 A multilayer perceptron learns scikit-learn's handwritten digits, or guesses the next
 byte of the Python standard library's sources (as ``pretrain_lm.py`` does). Every method
@@ -21,18 +21,21 @@ half as long again. From the repository's root:
 
 Each finished training is one line of ``rows.jsonl`` in ``--out``: stop at any time and
 run the same command again. At the end ``table.md`` and ``comparison.png`` hold mean and
-standard error over the seeds, and what the literature claims is checked against them.
+standard error over the seeds of what the command asks for, and what the literature
+claims is checked against them, seed by seed.
 A method is an entry of METHODS below; how each trains is in ``_compare_recipes.py``.
 """
 
 import argparse
 import dataclasses
 import functools
+import math
+import os
 import pathlib
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import _compare
@@ -44,7 +47,7 @@ import rich.console
 import rich.progress
 from _compare import Case, fit
 from _compare_recipes import Method, chosen, seen, updated
-from _compare_report import Claim
+from _compare_report import At, Claim
 
 from sparsejax import masks, transforms
 
@@ -143,10 +146,13 @@ class Point(NamedTuple):
     sparsity: float
     pattern: tuple[int, int] | None = None
 
+    @property
+    def at(self) -> At:
+        """Its column of the table."""
+        return At(self.sparsity, self.pattern)
+
     def __str__(self) -> str:
-        if self.pattern:
-            return f"{self.method} {self.pattern[0]}:{self.pattern[1]}"
-        return f"{self.method} {_compare_report.show_sparsity(self.sparsity)}"
+        return f"{self.method} {self.at}"
 
 
 def points_of(
@@ -167,13 +173,72 @@ def points_of(
     return points
 
 
-def compile_point(
-    point: Point,
-    settings: _compare.Settings,
-    task: _compare.Task,
-    evaluate: Callable[[Any], dict[str, Any]],
-) -> Callable[[int], dict[str, float]]:
-    """Returns seed -> scores, compiled once for all seeds."""
+def point_of(row: dict[str, Any]) -> Point:
+    """What a row was trained as."""
+    return Point(row["method"], *_compare_report.column_of(row))
+
+
+def read_rows(path: pathlib.Path, settings: _compare.Settings) -> _compare_report.Rows:
+    """What is there already.
+
+    Rows of N:M methods without a pattern are of a time when it was not written: they
+    stand for one kept of M.
+    """
+    rows = _compare_report.Rows(path, dataclasses.asdict(settings))
+    for row in rows.rows:
+        method = METHODS.get(row["method"])
+        if method and method.kind == "pattern" and "pattern" not in row:
+            m = round(1 / (1 - row["sparsity"]))
+            if row["sparsity"] == 1 - 1 / m:
+                row["pattern"] = [1, m]
+    return rows
+
+
+def asked(
+    rows: _compare_report.Rows, points: Sequence[Point], seeds: int
+) -> list[dict[str, Any]]:
+    """The rows of these points and seeds; the file may have more."""
+    return [r for r in rows.rows if point_of(r) in points and r["seed"] < seeds]
+
+
+def find_missing(
+    rows: _compare_report.Rows, points: Sequence[Point], seeds: int
+) -> dict[Point, list[int]]:
+    """The seeds of each point that have no row yet."""
+    there = {(point_of(row), row["seed"]) for row in rows.rows}
+    todo = {
+        point: [s for s in range(seeds) if (point, s) not in there] for point in points
+    }
+    return {point: missing for point, missing in todo.items() if missing}
+
+
+def trace_points(
+    points: Iterable[Point], settings: _compare.Settings, task: _compare.Task
+) -> dict[Point, Any]:
+    """The program of each point, key and data -> list of params; none is compiled yet.
+
+    Raises:
+      ValueError: Methods that cannot train at some sparsity or pattern, one per line.
+    """
+    traced, refused = {}, []
+    for point in points:
+        try:
+            traced[point] = trace_point(point, settings, task)
+        except ValueError as error:
+            flag, got = "sparsities", point.sparsity
+            if point.pattern:
+                flag, got = "patterns", _compare_report.show_pattern(point.pattern)
+            refused.append(
+                f"--{flag}: got {got}, needed one at which {point.method} can train: "
+                f"{error}"
+            )
+    if refused:
+        raise ValueError("\n".join(refused))
+    return traced
+
+
+def trace_point(point: Point, settings: _compare.Settings, task: _compare.Task) -> Any:
+    """Traces how the point's method trains, for all seeds."""
     method = METHODS[point.method]
 
     def program(key, train):
@@ -182,7 +247,18 @@ def compile_point(
             found = method.run(case)
         return found if isinstance(found, list) else [found]
 
-    compiled = jax.jit(program).lower(jax.random.key(0), task.train).compile()
+    return jax.jit(program).trace(jax.random.key(0), task.train)
+
+
+def compile_point(
+    point: Point,
+    traced: Any,
+    task: _compare.Task,
+    evaluate: Callable[[Any], dict[str, Any]],
+) -> Callable[[int], dict[str, float]]:
+    """Returns seed -> scores, compiled once for all seeds."""
+    method = METHODS[point.method]
+    compiled = traced.lower().compile()
 
     def run(seed: int) -> dict[str, float]:
         found = method.finish(compiled(jax.random.key(seed), task.train))
@@ -202,19 +278,14 @@ def make_console() -> rich.console.Console:
 def compare(
     points: Sequence[Point],
     seeds: int,
-    settings: _compare.Settings,
+    todo: dict[Point, list[int]],
+    traced: dict[Point, Any],
     task: _compare.Task,
     rows: _compare_report.Rows,
     split: str,
 ) -> None:
     """Does the trainings that have no row yet."""
     console = make_console()
-    todo = {
-        point: [
-            s for s in range(seeds) if not rows.has(point.method, point.sparsity, s)
-        ]
-        for point in points
-    }
     total, left = len(points) * seeds, sum(map(len, todo.values()))
     console.print(f"{total} trainings, {total - left} of them are in {rows.path}")
     progress = rich.progress.Progress(
@@ -230,28 +301,29 @@ def compare(
     with progress:
         bar = progress.add_task("", total=total, completed=total - left)
         for point, missing in todo.items():
-            if not missing:
-                continue
             progress.update(bar, description=f"{point}, compiling")
             begin = time.perf_counter()
-            run = compile_point(point, settings, task, evaluate)
+            run = compile_point(point, traced[point], task, evaluate)
             compiling = time.perf_counter() - begin
             progress.update(bar, description=str(point))
             for seed in missing:
                 begin = time.perf_counter()
                 scores = run(seed)
+                # Without a pattern rows are as they were before there was one.
+                pattern = {"pattern": point.pattern} if point.pattern else {}
                 rows.add(
                     {
                         "method": point.method,
                         "sparsity": point.sparsity,
+                        **pattern,
                         "seed": seed,
                         **scores,
                         "seconds": round(time.perf_counter() - begin, 3),
                     }
                 )
                 progress.advance(bar)
-            found = _compare_report.Scores(rows.rows, split)
-            score = found(point.method, point.sparsity)
+            found = _compare_report.Scores(asked(rows, [point], seeds), split)
+            score = found(point.method, point.at)
             console.print(
                 f"{point}: {score:.3f} ({split}; {compiling:.1f} s to compile)"
             )
@@ -259,13 +331,15 @@ def compare(
 
 def report(
     rows: _compare_report.Rows,
-    methods: Sequence[str],
+    points: Sequence[Point],
+    seeds: int,
     settings: _compare.Settings,
     split: str,
     command: str,
 ) -> None:
-    """Prints the tables and writes them and the picture."""
-    chosen = [row for row in rows.rows if row["method"] in methods]
+    """Prints the tables of what was asked for and writes them and the picture."""
+    methods = list(dict.fromkeys(point.method for point in points))
+    chosen = asked(rows, points, seeds)
     metric, sign, digits = {
         "digits": ("accuracy in percent", 1, 2),
         "text": ("bits per byte", -1, 3),
@@ -273,15 +347,15 @@ def report(
     scores = _compare_report.Scores(chosen, split, digits)
     validation = _compare_report.Scores(chosen, "validation")
     lines = _compare_report.score_lines(scores, methods)
-    claims = _compare_report.check_claims(CLAIMS, validation, scores, sign)
+    claims = _compare_report.check_claims(CLAIMS, validation, scores, sign, seeds)
     claims.insert(0, _compare_report.CLAIMS_HEAD)
 
-    seeds = len({row["seed"] for row in chosen})
+    count = f"{seeds} seed{'s' * (seeds > 1)}"
     title = f"{settings.data}: {metric} ({split} split), mean ± standard error"
     console = make_console()
-    console.print(_compare_report.on_terminal(lines, f"{title}, {seeds} seeds"))
+    console.print(_compare_report.on_terminal(lines, f"{title}, {count}"))
     text = (
-        f"# {title}\n\n    {command}\n\n{seeds} seeds; "
+        f"# {title}\n\n    {command}\n\n{count}; "
         + ", ".join(f"{k} {v}" for k, v in dataclasses.asdict(settings).items())
         + f".\n\n{_compare_report.markdown(lines)}"
     )
@@ -394,6 +468,8 @@ def configure(args: argparse.Namespace) -> tuple[_compare.Settings, list[Point]]
     for flag in ("learning_rate", "soup_rate"):
         got = getattr(settings, flag)
         need(got > 0, flag.replace("_", "-"), got, "above 0")
+    decay = settings.weight_decay
+    need(0 <= decay < math.inf, "weight-decay", decay, "a number, 0 or above")
     need(args.seeds >= 1, "seeds", args.seeds, "at least 1")
     for name in args.methods:
         need(name in METHODS, "methods", repr(name), f"some of {', '.join(METHODS)}")
@@ -418,7 +494,7 @@ def configure(args: argparse.Namespace) -> tuple[_compare.Settings, list[Point]]
         )
     methods = list(dict.fromkeys(args.methods))
     sparsities = sorted(set(args.sparsities))
-    return settings, points_of(methods, sparsities, patterns)
+    return settings, points_of(methods, sparsities, list(dict.fromkeys(patterns)))
 
 
 def main(argv: list[str] | None = None) -> _compare_report.Rows:
@@ -429,19 +505,35 @@ def main(argv: list[str] | None = None) -> _compare_report.Rows:
     settings = dataclasses.replace(settings, digest=task.digest)
     task = task._replace(train=jax.tree.map(jnp.asarray, task.train))
     folder = args.out or pathlib.Path("runs/compare_methods") / settings.data
-    rows = _compare_report.Rows(folder / "rows.jsonl", dataclasses.asdict(settings))
+    rows = read_rows(folder / "rows.jsonl", settings)
+    todo = find_missing(rows, points, args.seeds)
+    traced = trace_points(todo, settings, task)
     # Whatever was to be refused has been: from here on files are written.
     rows.open()
-    compare(points, args.seeds, settings, task, rows, args.split)
-    methods = list(dict.fromkeys(point.method for point in points))
+    compare(points, args.seeds, todo, traced, task, rows, args.split)
     words = sys.argv[1:] if argv is None else argv
     command = " ".join(["python examples/compare_methods.py", *words])
-    report(rows, methods, settings, args.split, command)
+    report(rows, points, args.seeds, settings, args.split, command)
     return rows
 
 
-if __name__ == "__main__":
+def run() -> None:
+    """As a program: what is refused or interrupted ends without a traceback."""
     try:
         main()
     except ValueError as error:
         sys.exit(f"compare_methods.py: {error}")
+    except KeyboardInterrupt:
+        sys.stdout.flush()
+        print(
+            "compare_methods.py: stopped; the same command goes on where it was",
+            file=sys.stderr,
+            flush=True,
+        )
+        # At once, what is done being on disk: the interpreter's own end is a
+        # segmentation fault where a compilation was interrupted. 130 is for Ctrl-C.
+        os._exit(130)
+
+
+if __name__ == "__main__":
+    run()

@@ -1,4 +1,4 @@
-"""Upcycles a language model: dense -> mixture of experts, and is it worth it?
+r"""Upcycles a language model: dense -> mixture of experts, and is it worth it?
 
 Pretrains a dense byte-level transformer on real text (by default the Python standard
 library's own sources, nothing to download), makes experts of its feed-forward layers,

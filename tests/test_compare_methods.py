@@ -1,5 +1,6 @@
 """The comparison in small: two real trainings, resuming, the numbers, refusals."""
 
+import ast
 import importlib
 import json
 import math
@@ -38,10 +39,10 @@ def fake(monkeypatch):
     """Trainings that take no time; what was trained is appended to the list."""
     done = []
 
-    def compile_point(point, settings, task, evaluate):
+    def compile_point(point, traced, task, evaluate):
         def run(seed):
             done.append((str(point), seed))
-            score = 100 * (1 - point.sparsity) + seed
+            score = 100 * (1 - point.sparsity) + seed + sum(point.pattern or ())
             return {"density": 0.5, "validation": score, "test": score + 1}
 
         return run
@@ -141,6 +142,71 @@ def test_a_damaged_last_line_loses_nothing_else(run, fake, tmp_path, damage):
     )
 
 
+def test_patterns_of_equal_sparsity_are_kept_apart(run, fake, tmp_path):
+    few = ("--methods", "sr_ste", "--patterns")
+    run(*few, "1:4")
+    run(*few, "2:8")
+    assert fake == [("sr_ste 1:4 (75%)", 0), ("sr_ste 2:8 (75%)", 0)]
+    rows = lines_of(tmp_path / "out" / "rows.jsonl")[1:]
+    assert [row["pattern"] for row in rows] == [[1, 4], [2, 8]]
+    table = tmp_path / "out" / "table.md"
+    # A quarter is kept, the seed is 0, the test split has 1 more.
+    only = "| method | 2:8 (75%) |\n| --- | --- |\n| sr_ste | 36.00 |\n"
+    assert only in table.read_text()
+    run(*few, "2:8", "1:4", "02:08")
+    assert len(fake) == 2
+    both = "| method | 1:4 (75%) | 2:8 (75%) |\n"
+    assert both in table.read_text()
+    assert "| sr_ste | 31.00 | 36.00 |" in table.read_text()
+
+
+def test_reports_are_of_what_was_asked(run, fake, tmp_path, capsys):
+    few = ("--methods", "set", "--sparsities")
+    run(*few, 0.5, 0.75, "--seeds", 3)
+    run(*few, 0.5)
+    table = (tmp_path / "out" / "table.md").read_text()
+    assert "| method | 50% |\n| --- | --- |\n| set | 51.00 |\n" in table
+    assert "\n1 seed; " in table
+    assert len(lines_of(tmp_path / "out" / "rows.jsonl")) == 1 + 6
+    run(*few, 0.75, 0.9, "--seeds", 2)  # the new score beside those there
+    table = (tmp_path / "out" / "table.md").read_text()
+    assert "| set | 26.50 ± 0.50 | 11.50 ± 0.50 |" in table and "\n2 seeds; " in table
+    assert "set 90%: 11.500 ± 0.500" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("data", ["digits", "text"])
+def test_committed_rows_without_patterns_give_the_committed_table(tmp_path, data):
+    committed = ROOT / "benchmarks" / "results" / f"compare_methods.{data}"
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(committed.with_name(f"{committed.name}.jsonl").read_bytes())
+    settings = _compare.Settings(**lines_of(path)[0]["settings"])
+    args = compare_methods.parse(["--data", data])
+    points = compare_methods.configure(args)[1]
+    rows = compare_methods.read_rows(path, settings)
+    assert compare_methods.find_missing(rows, points, args.seeds) == {}
+
+    words = ["python examples/compare_methods.py", *["--data text"] * (data == "text")]
+    compare_methods.report(
+        rows, points, args.seeds, settings, args.split, " ".join(words)
+    )
+    expected = committed.with_name(f"{committed.name}.md").read_text()
+    for sparsity, share, pattern in [("0.875", "87.5%", 8), ("0.9375", "93.75%", 16)]:
+        column = f"1:{pattern} ({share})"
+        expected = expected.replace(f"| {share} |", f"| {column} |")
+        expected = expected.replace(f"SR-STE | {sparsity} |", f"SR-STE | {column} |")
+    assert (tmp_path / "table.md").read_text() == expected
+
+
+def test_a_row_without_a_pattern_that_is_none_of_1_to_m_is_left_alone(tmp_path):
+    settings = _compare.Settings()
+    rows = _compare_report.Rows(tmp_path / "rows.jsonl", vars(settings))
+    rows.open()
+    for method, sparsity in [("sr_ste", 0.25), ("sr_ste", 1 - 1 / 3), ("set", 0.75)]:
+        rows.add({"method": method, "sparsity": sparsity, "seed": 0})
+    found = compare_methods.read_rows(rows.path, settings).rows
+    assert [row.get("pattern") for row in found] == [None, [1, 3], None]
+
+
 def test_damage_elsewhere_and_other_settings_are_refused_and_kept(run, fake, tmp_path):
     flags = ("--methods", "set", "--sparsities", 0.5, 0.75)
     run(*flags)
@@ -171,15 +237,35 @@ def test_damage_elsewhere_and_other_settings_are_refused_and_kept(run, fake, tmp
         ("--steps 3", "--every: got 3, needed at most 2, three quarters of --steps"),
         ("--width 0", "--width: got 0, needed at least 1"),
         ("--learning-rate 0", "--learning-rate: got 0.0, needed above 0"),
+        ("--weight-decay -5", "--weight-decay: got -5.0, needed a number, 0 or above"),
+        ("--weight-decay nan", "--weight-decay: got nan, needed a number"),
+        ("--weight-decay inf", "--weight-decay: got inf, needed a number"),
         ("--examples 1200", "--examples: got 1200, needed 1 to 597"),
         ("--paths x.txt", "--paths: got .*, needed --data text with it"),
-        ("--data text --paths none", "--data: got none, which is not there"),
+        ("--data text --paths none", "--paths: got none, which is not there"),
     ],
 )
 def test_bad_flags_are_named_before_anything_is_written(run, tmp_path, flags, message):
     with pytest.raises(ValueError, match=message):
         run(*flags.split())
     assert not list(tmp_path.iterdir())
+
+
+def test_what_cannot_train_is_named_before_anything_is_written(run, fake, tmp_path):
+    flags = "--methods static_uniform srigl structure_decay --width 128"
+    flags += " --sparsities 0.5 0.995 0.999 --patterns 1:4 3:4"
+    with pytest.raises(ValueError) as caught:
+        run(*flags.split())
+    needed = "needed one at which {} can train: "
+    starts = [
+        f"--sparsities: got 0.995, {needed.format('srigl')}sparsity must leave every ",
+        f"--sparsities: got 0.999, {needed.format('srigl')}sparsity must leave every ",
+        f"--patterns: got 3:4, {needed.format('structure_decay')}m must be n times a ",
+    ]
+    lines = str(caught.value).splitlines()
+    assert len(lines) == len(starts)
+    assert all(map(str.startswith, lines, starts))
+    assert not fake and not list(tmp_path.iterdir())
 
 
 def test_patterns_that_no_method_uses_need_not_fit(run, fake):
@@ -197,6 +283,34 @@ def test_refusals_are_one_line_for_the_user(tmp_path):
     )
     assert found.returncode == 1 and not list(tmp_path.iterdir())
     assert found.stderr == "compare_methods.py: --seeds: got -1, needed at least 1\n"
+
+
+def test_an_interruption_is_one_line_for_the_user(monkeypatch, capsys):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(compare_methods, "main", interrupted)
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    with pytest.raises(SystemExit) as caught:
+        compare_methods.run()
+    assert caught.value.code == 130
+    message = "compare_methods.py: stopped; the same command goes on where it was\n"
+    assert capsys.readouterr().err == message
+
+
+def test_help_prints_commands_as_they_are_typed(capsys):
+    with pytest.raises(SystemExit):
+        compare_methods.parse(["--help"])
+    command = "--methods dense static_uniform rigl \\\n        --sparsities 0.9 0.95"
+    assert command in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "examples").glob("[a-z]*.py")), ids=lambda path: path.name
+)
+def test_docstrings_that_are_printed_lose_no_line_ends(path):
+    source = path.read_text()
+    assert ast.get_docstring(ast.parse(source), clean=False) in source
 
 
 def test_help_names_every_method_and_flag(capsys):
@@ -255,6 +369,7 @@ def test_claims_by_hand(sign):
         _compare_report.Scores(rows, "validation"),
         _compare_report.Scores(rows, "test"),
         sign,
+        seeds=2,
     )
     show = lambda mean, error: f"{sign * mean:.2f} ± {error}"
     assert found == [
@@ -278,6 +393,104 @@ def test_claims_by_hand(sign):
             "holds, within one standard error",
         ),
     ]
+
+
+def verdicts_of(rows, sign=1, **claim):
+    """Score columns and verdict of "new beats old" by five seeds on the test split."""
+    claim = {"other": "old", "sparsities": (0.9,), **claim}
+    (found,) = _compare_report.check_claims(
+        [_compare_report.Claim("claim", ("new",), **claim)],
+        _compare_report.Scores(rows, "validation"),
+        _compare_report.Scores(rows, "test"),
+        sign,
+        seeds=5,
+    )
+    return found[2:]
+
+
+def test_claims_are_decided_on_the_seeds_that_both_have():
+    # The old one's last seeds are bad: by all seeds the new one would be better.
+    old = rows_of("old", 0.9, [0] * 5, [10.0, 10.0, 11.0, 1.0, 1.0])
+    new = rows_of("new", 0.9, [0] * 3, [9.0, 9.0, 9.0])
+    assert verdicts_of(old + new) == (
+        *("new 9.00 ± 0.00", "old 10.33 ± 0.33", "-1.33 ± 0.33"),
+        "does not hold, on 3 of 5 seeds",
+    )
+    # And within one standard error of those seeds: it is 1 / 3.
+    near = rows_of("new", 0.9, [0] * 3, [10.0, 10.0, 10.0])
+    assert verdicts_of(old + near, within=True)[3] == "holds, on 3 of 5 seeds"
+    far = rows_of("new", 0.9, [0] * 3, [10.0, 10.0, 9.9])
+    assert verdicts_of(old + far, within=True)[3] == "does not hold, on 3 of 5 seeds"
+
+
+def test_no_difference_is_no_gain():
+    old = rows_of("old", 0.9, [0] * 5, [0.1, 0.2, 0.3, 0.4, 0.5])
+    verdict = "does not hold, within one standard error"
+    for new in ([0.5, 0.4, 0.3, 0.2, 0.1], [0.2, 0.4, 0.0, 0.4, 0.5]):
+        for sign in (1, -1):
+            rows = [*old, *rows_of("new", 0.9, [0] * 5, new)]
+            assert verdicts_of(rows, sign)[3] == verdict
+        assert verdicts_of(rows, within=True)[3] == "holds"
+
+
+@pytest.mark.parametrize("within", [False, True])
+def test_of_one_common_seed_the_standard_error_is_not_known(within):
+    old = rows_of("old", 0.9, [0] * 5, [1.0, 2.0, 3.0, 4.0, 5.0])
+    new = rows_of("new", 0.9, [0], [2.0])
+    assert verdicts_of(old + new, within=within) == (
+        *("new 2.00", "old 1.00", "+1.00"),
+        ("not decided" if within else "holds")
+        + ", on 1 of 5 seeds, standard error not known from one seed",
+    )
+
+
+def test_claims_are_checked_for_each_pattern_of_a_sparsity():
+    patterns = [[1, 8], [2, 16]]
+    rows = [
+        {**row, "pattern": pattern}
+        for pattern, gain in zip(patterns, (1, -1), strict=True)
+        for method, score in [("new", 2.0 + gain), ("old", 2.0)]
+        for row in rows_of(method, 7 / 8, [0] * 2, [score] * 2)
+    ]
+    found = _compare_report.check_claims(
+        [_compare_report.Claim("claim", ("new",), "old", (7 / 8,))],
+        _compare_report.Scores(rows, "validation"),
+        _compare_report.Scores(rows, "test"),
+        sign=1,
+        seeds=2,
+    )
+    assert [(line[1], line[-1]) for line in found] == [
+        ("1:8 (87.5%)", "holds"),
+        ("2:16 (87.5%)", "does not hold"),
+    ]
+
+
+def test_the_picture_has_patterns_of_equal_sparsity_side_by_side(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(_compare_report.plt, "close", figures.append)
+    rows = [
+        *rows_of("sr_ste", 0.9, [0], [70.0]),
+        *[
+            {**rows_of("sr_ste", 0.75, [0], [80.0])[0], "pattern": [n, 4 * n]}
+            for n in (2, 1)
+        ],
+    ]
+    _compare_report.plot(
+        _compare_report.Scores(rows, "test"),
+        {"N:M": ["sr_ste"]},
+        (),
+        ylabel="accuracy",
+        percent=True,
+        path=tmp_path / "picture.png",
+    )
+    monkeypatch.undo()
+    (top,) = figures[0].axes[0].child_axes
+    names = [label.get_text() for label in top.get_xticklabels()]
+    # A factor of 1.2 apart, around the density of both; sparser is to the right.
+    root = 1.2**0.5
+    assert names == ["1:4", "2:8"]
+    assert list(top.get_xticks()) == pytest.approx([0.25 * root, 0.25 / root])
+    _compare_report.plt.close(figures[0])
 
 
 def test_splits_do_not_overlap_and_are_equal_for_all_settings():

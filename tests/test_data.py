@@ -108,6 +108,15 @@ def test_bad_data_is_named(tmp_path, make, message):
         _data.load_text([str(make(tmp_path))], needed=100)
 
 
+@pytest.mark.parametrize("name", ["none", "empty", "blank.txt", "short.txt"])
+def test_errors_name_the_flag_of_the_program(tmp_path, name):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "blank.txt").touch()
+    (tmp_path / "short.txt").write_text("too short")
+    with pytest.raises(ValueError, match="^--paths: got "):
+        _data.load_text([str(tmp_path / name)], needed=100, flag="--paths")
+
+
 def test_unreadable_file_is_named(folder, monkeypatch):
     def refuse(self):
         raise PermissionError(13, "Permission denied", str(self))
@@ -115,3 +124,5 @@ def test_unreadable_file_is_named(folder, monkeypatch):
     monkeypatch.setattr(pathlib.Path, "read_bytes", refuse)
     with pytest.raises(ValueError, match=r"--data: got .*txt, which cannot be read"):
         _data.load_text([str(folder)])
+    with pytest.raises(ValueError, match=r"^--paths: got .*txt, which cannot be read"):
+        _data.load_text([str(folder)], flag="--paths")
