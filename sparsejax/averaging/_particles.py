@@ -25,10 +25,14 @@ def init_average(params: Any) -> RunningAverage:
     Returns:
       A `RunningAverage`, 4 bytes per weight (8 for float64).
 
+    Raises:
+      ValueError: A leaf is not floating; it is named.
+
     Example:
       >>> print(init_average({"w": jnp.ones(2, jnp.bfloat16)}).averaged_mean["w"].dtype)
       float32
     """
+    _check_floating("params", params)
     zeros = lambda leaf: jnp.zeros(leaf.shape, _sum_dtype(leaf))
     return RunningAverage(jnp.zeros((), jnp.int32), jax.tree.map(zeros, params))
 
@@ -77,8 +81,9 @@ def update_average(
     count = average.averaged_count + counts.astype(jnp.int32)
 
     def move(mean, leaf):
-        gap = leaf.astype(mean.dtype) - mean
-        moved = mean + gap / jnp.maximum(count, 1).astype(mean.dtype)
+        n = jnp.maximum(count, 1).astype(mean.dtype)
+        # Divided before the difference, which may be twice what a float holds.
+        moved = mean + (leaf.astype(mean.dtype) / n - mean / n)
         return jnp.where(counts, moved, mean)
 
     return RunningAverage(count, jax.tree.map(move, average.averaged_mean, params))
@@ -123,7 +128,8 @@ def average_particles(particles: Any, masks: Any = None) -> Any:
       A tree of arrays [...], dtypes kept.
 
     Raises:
-      ValueError: A mask has no leaf at its path, or another shape.
+      ValueError: A leaf is not floating, or has no particles along a first axis; a mask
+        has no leaf at its path, or another shape.
 
     Example:
       >>> print(average_particles({"w": jnp.array([[1.0, 0.0], [4.0, 0.0]])})["w"])
@@ -133,11 +139,19 @@ def average_particles(particles: Any, masks: Any = None) -> Any:
       Choi et al., `Sparse weight averaging with multiple particles for iterative
       magnitude pruning <https://arxiv.org/abs/2305.14852>`_, 2024.
     """
+    _check_floating("particles", particles)
+    for name, leaf in masks_lib.named_leaves(particles).items():
+        if not leaf.shape or not leaf.shape[0]:
+            raise ValueError(
+                "particles must have at least one along the first axis of every leaf, "
+                f"got {leaf.dtype}{list(leaf.shape)} at {name!r}"
+            )
 
     def mean(leaf):
-        leaf_wide = leaf.astype(_sum_dtype(leaf))
-        first = leaf_wide[0]
-        return (first + jnp.mean(leaf_wide - first, axis=0)).astype(leaf.dtype)
+        wide = leaf.astype(_sum_dtype(leaf))
+        total = jnp.sum(wide / leaf.shape[0], axis=0)
+        # Within the particles, so that equal ones have themselves as their mean.
+        return jnp.clip(total, wide.min(axis=0), wide.max(axis=0)).astype(leaf.dtype)
 
     averaged = jax.tree.map(mean, particles)
     return averaged if masks is None else masks_lib.apply_masks(averaged, masks)
@@ -209,6 +223,14 @@ def swamp(
         return average_particles(trained, masks)
 
     return train_particles
+
+
+def _check_floating(argument: str, tree: Any) -> None:
+    for name, leaf in masks_lib.named_leaves(tree).items():
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            raise ValueError(
+                f"{argument} must have floating leaves, got {leaf.dtype} at {name!r}"
+            )
 
 
 def _sum_dtype(leaf: Any) -> Any:

@@ -1,7 +1,8 @@
 """Soups: averages of finished models that share one mask."""
 
+import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,7 +12,7 @@ from sparsejax import masks as masks_lib
 
 
 def sparse_soup(
-    trees: Sequence[Any],
+    trees: Iterable[Any],
     masks: Any = None,
     *,
     weights: Sequence[float | int] | None = None,
@@ -23,8 +24,9 @@ def sparse_soup(
     Averaging models of different masks would fill them up, so those are refused: the
     way to models that can be averaged is to retrain one pruned model several times,
     with other batch orders or hyperparameters. What is zero in all members is exactly
-    zero in the average, and equal members average to themselves. Sums are taken in
-    float32 or wider. Reads the trees on the host; not for use inside jit.
+    zero in the average, equal members average to themselves, and members of weight 0
+    do not matter. Sums are taken in float32 or wider. Reads the trees on the host; not
+    for use inside jit.
 
     The running statistics of batch normalization are not those of the average: leave
     them out of the trees and compute them anew, with a pass over training data.
@@ -42,10 +44,11 @@ def sparse_soup(
       A tree like the members, dtypes kept.
 
     Raises:
-      ValueError: No trees; trees that differ in structure, shape or dtype; masks that
-        differ, are not one per tree or do not fit; a member that is not zero where
-        its mask is False; a leaf that is not floating; weights that are negative, all
-        zero, or not one per tree. Where a leaf is at fault it is named.
+      ValueError: No trees, or one in place of several; trees that differ in structure,
+        shape or dtype; masks that differ, are not boolean, are not one per tree or do
+        not fit; a member that is not zero where its mask is False; a leaf that is not
+        floating; weights that are negative, all zero, or not one per tree. Where a
+        leaf is at fault it is named.
 
     Example:
       >>> one = {"kernel": jnp.array([1.0, 0.0]), "bias": jnp.array([2.0])}
@@ -59,13 +62,14 @@ def sparse_soup(
       Zimmer, Spiegel and Pokutta, `Sparse model soups
       <https://arxiv.org/abs/2306.16788>`_, 2024.
     """
+    trees = _listed(trees)
     common = _check_members(trees, masks)
     shares = _check_weights(weights, len(trees))
     return _mix(trees, shares, common)
 
 
 def greedy_soup(
-    trees: Sequence[Any],
+    trees: Iterable[Any],
     masks: Any = None,
     *,
     evaluate: Callable[[Any], float],
@@ -102,6 +106,7 @@ def greedy_soup(
       Zimmer, Spiegel and Pokutta, `Sparse model soups
       <https://arxiv.org/abs/2306.16788>`_, 2024.
     """
+    trees = _listed(trees)
     common = _check_members(trees, masks)
     scores = [_score(evaluate, tree) for tree in trees]
     order = sorted(range(len(trees)), key=lambda i: -scores[i])
@@ -125,35 +130,48 @@ def _score(evaluate: Callable[[Any], float], tree: Any) -> float:
 
 
 def _mix(trees: Sequence[Any], shares: list[float], masks: Any) -> Any:
-    def mean(first, *others):
-        with jax.numpy_dtype_promotion("standard"):
-            dtype = jnp.promote_types(first.dtype, jnp.float32)
-        base = first.astype(dtype)
-        # From the first member on, so that equal members average to themselves.
-        moves = [
-            share * (other.astype(dtype) - base)
-            for share, other in zip(shares[1:], others, strict=True)
-        ]
-        return sum(moves, base).astype(first.dtype)
+    # Left out where the share is 0: that times inf or NaN is NaN.
+    counted = [(a, tree) for a, tree in zip(shares, trees, strict=True) if a > 0]
 
-    return masks_lib.apply_masks(jax.tree.map(mean, *trees), masks)
+    def mean(*members):
+        with jax.numpy_dtype_promotion("standard"):
+            dtype = jnp.promote_types(members[0].dtype, jnp.float32)
+        wide = [member.astype(dtype) for member in members]
+        total = sum(a * member for (a, _), member in zip(counted, wide, strict=True))
+        # Within the members, so that equal ones average to themselves.
+        lowest = functools.reduce(jnp.minimum, wide)
+        highest = functools.reduce(jnp.maximum, wide)
+        return jnp.clip(total, lowest, highest).astype(members[0].dtype)
+
+    averaged = jax.tree.map(mean, *(tree for _, tree in counted))
+    return masks_lib.apply_masks(averaged, masks)
+
+
+def _listed(trees: Any) -> tuple[Any, ...]:
+    if isinstance(trees, Mapping) or not isinstance(trees, Iterable):
+        raise ValueError(
+            f"trees must be a sequence of trees, got one {type(trees).__name__}"
+        )
+    return tuple(trees)
 
 
 def _check_weights(weights: Sequence[float | int] | None, count: int) -> list[float]:
     weights = [1.0] * count if weights is None else [float(a) for a in weights]
     if len(weights) != count:
         raise ValueError(f"weights must be one per tree, {count}, got {len(weights)}")
-    total = math.fsum(weights)
-    if not all(a >= 0 for a in weights) or not 0 < total < math.inf:
+    largest = max(weights)
+    if not all(0 <= a < math.inf for a in weights) or not largest:
         raise ValueError(
             f"weights must be finite, not negative and not all zero, got {weights}"
         )
-    return [a / total for a in weights]
+    # Of the largest, since the sum of finite weights may not be finite.
+    parts = [a / largest for a in weights]
+    total = math.fsum(parts)
+    return [part / total for part in parts]
 
 
 def _check_members(trees: Sequence[Any], masks: Any) -> Any:
     """The mask that all members share, after checking that they do."""
-    trees = list(trees)
     if not trees:
         raise ValueError("trees must hold at least one tree, got none")
     for i, tree in enumerate(trees):
@@ -209,8 +227,13 @@ def _check_same_mask(first: dict[str, Any], other: dict[str, Any], index: int) -
             f"masks must be the same in all trees, got those of tree {index} and of "
             f"tree 0 for other leaves: {odd}"
         )
-    for name, mask in first.items():
-        if not bool(jnp.array_equal(mask, other[name])):
+    for name, mask in other.items():
+        if getattr(mask, "dtype", None) != jnp.bool_:
+            got = getattr(mask, "dtype", type(mask).__name__)
+            raise ValueError(
+                f"masks must be boolean, got {got} in tree {index} at {name!r}"
+            )
+        if not bool(jnp.array_equal(mask, first[name])):
             raise ValueError(
                 f"masks must be the same in all trees, got tree {index} unlike tree 0 "
                 f"at {name!r}"

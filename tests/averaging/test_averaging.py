@@ -46,6 +46,55 @@ def test_equal_members_average_to_themselves_bit_for_bit():
     )
 
 
+def one_weight(x, **options):
+    members = [{"w": jnp.array([each, 0.0])} for each in x]
+    soup = averaging.sparse_soup(members, **options)["w"]
+    assert soup[1] == 0
+    return float(soup[0])
+
+
+def test_the_first_member_is_like_the_others():
+    # 1e-9 - 1 is -1 in float32, and 1 - 1 is no kept weight.
+    assert one_weight([1.0, 1e-9], weights=[0, 1]) == np.float32(1e-9)
+    np.testing.assert_allclose(
+        one_weight([1e9, 3.0], weights=[1e-9, 1.0]), 4.0, rtol=1e-6
+    )
+    # Members of weight 0 do not matter, whatever they hold.
+    for first in (np.inf, -np.inf, np.nan, 3e38):
+        assert one_weight([first, 2.0], weights=[0, 1]) == 2
+        assert one_weight([2.0, first, 4.0], weights=[1, 0, 1]) == 3
+    assert np.isnan(one_weight([np.nan, 2.0]))
+    assert one_weight([np.inf, 2.0]) == one_weight([np.inf] * 2) == np.inf
+
+
+def test_finite_members_have_a_finite_average():
+    largest = float(jnp.finfo(jnp.float32).max)
+    assert one_weight([3e38, -3e38]) == 0
+    assert one_weight([largest] * 3, weights=[0.3, 0.1, 0.2]) == largest
+    soup, members = averaging.greedy_soup(
+        [{"w": jnp.array([x])} for x in (3e38, -3e38)], evaluate=lambda t: 0.0
+    )
+    assert soup["w"] == 0 and members == (0, 1)
+    # So are weights of which the sum is not.
+    assert one_weight([1.0, 2.0], weights=[1e308, 1e308]) == 1.5
+    particles = {"w": jnp.array([[3e38, 3e38], [-3e38, 3e38]])}
+    got = averaging.average_particles(particles)["w"]
+    np.testing.assert_array_equal(got, [0, particles["w"][0, 1]])
+    average = averaging.init_average({"w": jnp.zeros(1)})
+    for step, x in enumerate([3e38, -3e38, 3e38]):
+        params = {"w": jnp.array([x])}
+        average = averaging.update_average(average, params, step, begin=0)
+    np.testing.assert_allclose(average.averaged_mean["w"], [1e38], rtol=1e-6)
+
+
+def test_a_running_average_of_equal_weights_is_those_bit_for_bit():
+    params = {"w": jax.random.normal(jax.random.key(0), (64,)) / 3}
+    average = averaging.init_average(params)
+    for step in range(7):
+        average = averaging.update_average(average, params, step, begin=0)
+    np.testing.assert_array_equal(average.averaged_mean["w"], params["w"])
+
+
 def test_sums_are_wider_than_bfloat16():
     # In bfloat16 256 + 1 is 256, and the mean of 256, 257 x 0 ... would stay 256.
     members = [tree([256.0], dtype=jnp.bfloat16)] + [
@@ -61,6 +110,26 @@ def test_sums_are_wider_than_bfloat16():
     ):
         average = averaging.update_average(average, member, step, begin=0)
     np.testing.assert_allclose(kernel(average.averaged_mean), [257.8], rtol=1e-6)
+
+
+def test_masks_of_numbers_are_refused():
+    # Equal as numbers to a boolean mask.
+    one = {"layer": {"kernel": jnp.array([True, False, True])}}
+    two = {"layer": {"kernel": jnp.array([1, 0, 1])}}
+    with pytest.raises(ValueError, match="masks .*got int32.* at 'layer/kernel'"):
+        averaging.sparse_soup(THREE[:2], [one, two])
+    with pytest.raises(ValueError, match="masks .*got int32.* at 'layer/kernel'"):
+        averaging.sparse_soup(THREE[:2], [two, one])
+
+
+def test_trees_of_any_iterable_but_a_tree():
+    soup = averaging.sparse_soup(each for each in THREE)
+    np.testing.assert_allclose(kernel(soup), [3, 0, 2], rtol=1e-6)
+    soup, _ = averaging.greedy_soup(iter(THREE), evaluate=lambda t: 0.0)
+    np.testing.assert_allclose(kernel(soup), [3, 0, 2], rtol=1e-6)
+    for trees in (THREE[0], dict(enumerate(THREE))):
+        with pytest.raises(ValueError, match="must be a sequence of trees, got one di"):
+            averaging.sparse_soup(trees)
 
 
 def test_masks_differ_and_the_leaf_is_named():
@@ -201,6 +270,24 @@ def test_average_particles_applies_the_masks():
     assert got["w"].tolist() == [2, 0] and got["b"].tolist() == [3]
     with pytest.raises(ValueError, match="masks must be shaped like params"):
         averaging.average_particles(particles, {"w": jnp.array([True])})
+
+
+@pytest.mark.parametrize(
+    "leaf, message",
+    [
+        (jnp.array([[0, 1], [2, 3]]), "floating leaves, got int32 at 'a/n'"),
+        (jnp.ones(()), r"first axis of every leaf, got float32\[\] at 'a/n'"),
+        (jnp.ones((0, 2)), r"first axis of every leaf, got float32\[0, 2\] at 'a/n'"),
+    ],
+)
+def test_particles_that_have_no_mean(leaf, message):
+    with pytest.raises(ValueError, match=f"particles must have .*{message}"):
+        averaging.average_particles({"a": {"n": leaf}, "b": jnp.ones(2)})
+
+
+def test_a_running_average_of_integers_is_refused():
+    with pytest.raises(ValueError, match="params must have floating.*int32 at 'n'"):
+        averaging.init_average({"n": jnp.ones(2, jnp.int32)})
 
 
 def drift(params, masks, start_step, key):
