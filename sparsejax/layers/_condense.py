@@ -1,6 +1,7 @@
 """From masked weights to the really sparse forms that their masks allow."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,8 +22,8 @@ class CondensedChoice:
       form: The form chosen, in words.
       why: What in the mask allowed it, or ruled the others out.
       dense_is_faster: Whether the dense product of a weight with zeros would be, on the
-        platform at hand; None where only ``sparsejax.explain`` at the shapes of a run
-        can tell.
+        platform at hand; None where both are about as fast, or where only
+        ``sparsejax.explain`` at the shapes of a run can tell.
     """
 
     shape: tuple[int, ...]
@@ -95,12 +96,12 @@ def condense(
         as from ``transforms.get_masks``; leaves without a mask are None, empty or
         absent. Weights are ``[k, n]``; of another rank they stay masked dense, unless
         declared as a stack.
-      rows: Rows of x at which the report compares with dense.
+      rows: Rows of x at which the report compares with dense, at least 1.
       stacked: Glob patterns of names whose leading axes are layers, as under scan:
         they get the first of 2 to 5 that all layers have, arrays stacked alike.
       block_sides: Sides of blocks to look for.
-      groups: Sizes m to look for; with none, N:M masks become constant fan-in, which is
-        faster on a CPU.
+      groups: Sizes m to look for, at most 256; with none, N:M masks become constant
+        fan-in, which is faster on a CPU.
 
     Returns:
       (a tree like ``params`` whose masked leaves are small dataclasses of arrays for
@@ -108,7 +109,8 @@ def condense(
 
     Raises:
       ValueError: A mask has no leaf of ``params`` at its path, another shape, or is not
-        boolean or concrete. The message names the leaf.
+        boolean or concrete; the message names the leaf. ``rows``, ``block_sides`` or
+        ``groups`` are not positive ints, or a group is larger than 256.
 
     Example:
       >>> mask = jnp.array([[True, False], [False, True], [True, True]])
@@ -121,6 +123,9 @@ def condense(
       Lasby et al., `Dynamic Sparse Training with Structured Sparsity
       <https://arxiv.org/abs/2305.02299>`_, 2023, for ablated neurons and fan-in.
     """
+    _check_ints("rows", rows, (rows,), "a positive int")
+    _check_ints("block_sides", block_sides, block_sides, "positive ints")
+    _check_ints("groups", groups, groups, "ints in [1, 256]", most=256)
     found = {name: _checked(name, mask) for name, mask in named_leaves(masks).items()}
     leaves = named_leaves(params)
     for name, mask in found.items():
@@ -149,6 +154,12 @@ def condense(
         return stored
 
     return jax.tree_util.tree_map_with_path(one, params), CondenseReport(choices, rows)
+
+
+def _check_ints(name, got, sizes, needed, most=math.inf):
+    for size in sizes:
+        if not isinstance(size, int | np.integer) or not 1 <= size <= most:
+            raise ValueError(f"{name}: got {got}, needed {needed}")
 
 
 def _checked(name, mask):

@@ -31,7 +31,7 @@ _OPTIONS_OF_DENSE = ("use_bias", "dtype", "param_dtype", "implementation")
 
 
 def iso_flop(
-    dense: tuple[int, int] | MaskedLinearSpec,
+    dense: Sequence[int] | MaskedLinearSpec,
     kind: str,
     sparsity: float,
     **options: Any,
@@ -69,7 +69,8 @@ def iso_flop(
 
     Raises:
       ValueError: ``kind`` is unknown, ``sparsity`` is outside [0, 1), the spec given is
-        not dense, or the sizes leave no rank or no weight.
+        not dense, the sizes are not two or leave no rank or no weight, or the
+        activation is constant.
 
     Example:
       >>> for kind in ("wide", "parallel", "factorized", "doped"):
@@ -90,6 +91,10 @@ def iso_flop(
             raise ValueError(f"dense: got {dense}, needed sparsity 0")
         options = {name: getattr(dense, name) for name in _OPTIONS_OF_DENSE} | options
         dense = (dense.in_features, dense.out_features)
+    if not isinstance(dense, Sequence) or len(dense) != 2:
+        raise ValueError(
+            f"dense: got {dense}, needed sizes (k, n) or a MaskedLinearSpec"
+        )
     k, n = dense
     if min(k, n) < 1:
         raise ValueError(f"dense: got sizes {dense}, needed positive ints")
@@ -104,6 +109,11 @@ def iso_flop(
         inner = math.ceil(k * n / ((k + n) * kept) / unit) * unit
         return SparseFactorizedSpec(inner=inner, **common)
     rank = math.floor((1 - kept) * k * n / (k + n))
+    if rank < 1 and k * n <= k + n:
+        raise ValueError(
+            f"dense: got sizes {dense}, of {k * n} multiply-adds, needed more than "
+            f"{k + n}, the cost of one rank"
+        )
     if rank < 1:
         raise ValueError(
             f"sparsity: got {sparsity} for sizes {dense}, which leaves no rank; needed "

@@ -196,6 +196,7 @@ class SparseParallelSpec(_IsoFlopSpec):
                 "activation: got None, needed a function: without one the sum of "
                 "branches is one linear layer"
             )
+        _check_varies(self.activation)
         super().__post_init__()
 
     @property
@@ -235,6 +236,10 @@ class SparseFactorizedSpec(_IsoFlopSpec):
 
     inner: int
     activation: Activation | None = None
+
+    def __post_init__(self):
+        _check_varies(self.activation)
+        super().__post_init__()
 
     @property
     def linears(self) -> dict[str, Any]:
@@ -288,6 +293,7 @@ class SparseDopedSpec(_IsoFlopSpec):
                 f"than the dense layer's {self.in_features * self.out_features}: a "
                 f"rank costs {self.in_features + self.out_features}"
             )
+        _check_varies(self.activation)
         super().__post_init__()
 
     @property
@@ -343,6 +349,17 @@ def _ceil_div(a, b):
     return -(-a // b)
 
 
+def _check_varies(activation):
+    """Outputs are divided by their spread, which is 0 where all are alike."""
+    variance, second = _variance(activation), _moments(activation)[1]
+    # Of a constant, rounding leaves some 1e-16 of its square.
+    if not 1e-12 * second < variance < math.inf:
+        raise ValueError(
+            f"activation: got {activation}, of variance {variance:.3g} for standard "
+            "normal inputs, needed a function that varies, of finite values"
+        )
+
+
 def _variance(activation):
     mean, second = _moments(activation)
     return second - mean * mean
@@ -358,4 +375,5 @@ def _moments(activation):
     weight /= weight.sum()
     with jax.ensure_compile_time_eval():
         values = np.asarray(activation(jnp.asarray(z, jnp.float32)), np.float64)
-    return float(weight @ values), float(weight @ values**2)
+    with np.errstate(all="ignore"):  # what is not finite is the caller's to refuse
+        return float(weight @ values), float(weight @ values**2)

@@ -164,12 +164,12 @@ def _call(how, a, b, indices):
     return batched_by_loop(call, more_rows=op != SAMPLED)(a, b, indices)
 
 
-def _costs(problem):
-    return xla.costs(problem.op, problem.rows, problem.k, problem.n, problem.fan_in)
+def _sizes(problem):
+    return problem.op, problem.rows, problem.k, problem.n, problem.fan_in
 
 
 def _writes_dense(problem):
-    loops, dense_form, _ = _costs(problem)
+    loops, dense_form, _ = xla.costs(*_sizes(problem))
     return dense_form < loops
 
 
@@ -186,11 +186,12 @@ def _run_xla(problem, chip, interpret, a, b, indices):
 
 
 def _note_xla(problem):
-    loops, dense_form, dense = _costs(problem)
     share = f"{problem.fan_in / max(problem.k, 1):.1%} of dense's multiply-adds"
-    what = "gathers" if loops <= dense_form else "writes the weight out and multiplies"
-    verdict = "slower" if dense < min(loops, dense_form) else "faster"
-    return f"{what}, {share}; {verdict} than a dense weight by the CPU's static rule"
+    dense = _writes_dense(problem)
+    what = "writes the weight out and multiplies" if dense else "gathers"
+    words = {True: "slower than", False: "faster than", None: "about as fast as"}
+    verdict = words[xla.dense_is_faster(*_sizes(problem))]
+    return f"{what}, {share}; {verdict} a dense weight by the CPU's static rule"
 
 
 FAN_IN_MATMUL = {

@@ -161,6 +161,38 @@ def costs(op, m, k, n, f):
     return loops * n * f, written + moved + dense, dense
 
 
+def dense_is_faster(op, m, k, n, f):
+    """Whether the product of a dense weight is; None: within a quarter of its time.
+
+    Of the forms that ``costs`` chooses from, by its figures but for a product's loops:
+    with caches and cores that gather slower, they lose more than the dense product. So
+    they are held against it as on two cores of a Xeon, in nanoseconds there, fitted to
+    benchmarks/results/fan_in_matmul.cpu.json.
+
+    Args:
+      op: As for ``costs``, and so are the others.
+      m: The same.
+      k: The same.
+      n: The same.
+      f: The same.
+
+    Returns:
+      True, False or None.
+    """
+    loops, written, dense = costs(op, m, k, n, f)
+    ours = min(loops, written)
+    if op == "product" and loops <= written:
+        ours = n * f * (0.55 + 0.18 * m)
+        if m > _FEW:
+            tiles, tile = _tiling(m)
+            ours = n * f * tiles * (2.2 + 0.022 * tile)
+        # The dense product comes to its full speed with some 12 rows.
+        dense = k * n * min(0.155 + 0.0185 * m, 0.31 + 0.0068 * m)
+    if 0.8 * dense <= ours <= 1.25 * dense:
+        return None
+    return dense < ours
+
+
 def _sum(terms, count):
     """The sum over [0, count) of which ``terms(start, size)`` gives a part."""
     first = count % _UNROLL or min(count, _UNROLL)

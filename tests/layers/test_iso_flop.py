@@ -277,6 +277,16 @@ def test_sparsity_outside_its_range(sparsity):
         iso_flop((8, 8), "parallel", sparsity)
 
 
+@pytest.mark.parametrize("kind", ["parallel", "factorized", "doped"])
+@pytest.mark.parametrize(
+    "activation", [lambda z: z * 0, lambda z: z * 0 + 3.3, lambda z: z / 0]
+)
+def test_an_activation_that_does_not_vary(kind, activation):
+    """Its spread is a divisor."""
+    with pytest.raises(ValueError, match="activation: got .*a function that varies"):
+        iso_flop((8, 8), kind, 0.5, activation=activation)
+
+
 def test_errors():
     with pytest.raises(ValueError, match="kind: got 'thin', needed one of"):
         iso_flop((8, 8), "thin", 0.5)
@@ -305,6 +315,14 @@ def test_errors():
     wide = iso_flop((8, 8), "wide", 0.5)
     with pytest.raises(ValueError, match="wide_in, wide_out: got 7, 12, needed"):
         dataclasses.replace(wide, wide_in=7)
+    # One rank of (1, 8) costs 9, of (2, 2) 4: whatever the sparsity.
+    with pytest.raises(ValueError, match=r"dense: got sizes \(1, 8\), .*more than 9,"):
+        iso_flop((1, 8), "doped", 0.5)
+    with pytest.raises(ValueError, match=r"dense: got sizes \(2, 2\), .*more than 4,"):
+        iso_flop((2, 2), "doped", 0.99)
+    for sizes in [(4, 4, 4), (4,)]:
+        with pytest.raises(ValueError, match=r"dense: got .*, needed sizes \(k, n\)"):
+            iso_flop(sizes, "wide", 0.5)
     # Dense factors of inner size 3 have 48 weights, too few for 64.
     with pytest.raises(ValueError, match="leaves 32 of the 24 weights"):
         sj.layers.SparseFactorizedSpec(in_features=8, out_features=8, inner=3)
