@@ -34,9 +34,21 @@ def path_name(path: Sequence[Any]) -> str:
 def named_leaves(
     tree: Any, is_leaf: Callable[[Any], bool] | None = None
 ) -> dict[str, Any]:
-    """Leaves by name, in the order of the tree."""
+    """Leaves by name, in the order of the tree.
+
+    Raises:
+      ValueError: Two have one name, as `{"a/x": ..., "a": {"x": ...}}` would.
+    """
     flat, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
-    return {path_name(path): leaf for path, leaf in flat}
+    named: dict[str, Any] = {}
+    for path, leaf in flat:
+        name = path_name(path)
+        if name in named:
+            raise ValueError(
+                f"every leaf must have a name of its own, got two {name!r}"
+            )
+        named[name] = leaf
+    return named
 
 
 def match_names(

@@ -38,15 +38,18 @@ class NM:
       m: Group size.
 
     Raises:
-      ValueError: Not 1 <= n <= m.
+      ValueError: Not integers, 1 <= n <= m.
     """
 
     n: int
     m: int
 
     def __post_init__(self):
-        if not 1 <= self.n <= self.m:
-            raise ValueError(f"n and m must satisfy 1 <= n <= m, got {self.n}:{self.m}")
+        whole = isinstance(self.n, int) and isinstance(self.m, int)
+        if not whole or not 1 <= self.n <= self.m:
+            raise ValueError(
+                f"n and m must be integers, 1 <= n <= m, got {self.n}:{self.m}"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +66,9 @@ class Blocks:
     block_shape: tuple[int, int]
 
     def __post_init__(self):
-        if len(self.block_shape) != 2 or min(self.block_shape) < 1:
+        sizes = self.block_shape
+        pair = isinstance(sizes, tuple | list) and len(sizes) == 2
+        if not pair or min(sizes) < 1:
             raise ValueError(
                 f"block_shape must be two sizes of at least 1, got {self.block_shape}"
             )

@@ -26,7 +26,8 @@ def apply_masks(params: Any, masks: Any) -> Any:
       A tree like `params`, dtypes kept.
 
     Raises:
-      ValueError: A mask has no leaf of `params` at its path, or another shape.
+      ValueError: A mask has no leaf of `params` at its path, another shape, or is not
+        boolean.
 
     Example:
       >>> params = {"kernel": jnp.array([1.0, 2.0]), "bias": jnp.array([3.0])}
@@ -47,6 +48,8 @@ def apply_masks(params: Any, masks: Any) -> Any:
                 f"masks must be shaped like params, got {mask.shape} for "
                 f"{leaves[name].shape} at {name!r}"
             )
+        if mask.dtype != bool:
+            raise ValueError(f"masks must be boolean, got {mask.dtype} at {name!r}")
 
     def apply(path, leaf):
         mask = masks.get(path_name(path))

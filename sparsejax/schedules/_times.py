@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Int
 
 _FOREVER = 2**31 - 1  # step counts are int32
@@ -27,6 +28,9 @@ def update_steps(begin: int, end: int | None, every: int) -> range:
       >>> list(update_steps(begin=10, end=45, every=10))
       [10, 20, 30, 40]
     """
+    for name, value in (("begin", begin), ("end", end), ("every", every)):
+        if not isinstance(value, int | np.integer) and (name, value) != ("end", None):
+            raise ValueError(f"{name} must be an integer, got {value!r}")
     if every < 1:
         raise ValueError(f"every must be at least 1, got {every}")
     if not 0 <= begin < _FOREVER:

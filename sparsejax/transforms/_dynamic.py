@@ -40,6 +40,8 @@ def sparse_evolutionary_training(
     At each update every leaf drops `k = round(drop_fraction * kept)` weights of
     smallest |w| and grows k of those that were zero before, drawn evenly, so the
     count never changes. A weight just dropped does not grow back in the same update.
+    The paper drops that fraction of the positive and of the negative weights each;
+    |w| decides here, as in the code of its successors.
 
     Args:
       sparsity: Fraction of masked weights that is zero, in [0, 1].

@@ -77,7 +77,7 @@ def exploration_exploitation(
     Example:
       >>> updater = exploration_exploitation(
       ...     sparsity=0.9, end=75_000, key=jax.random.key(0))
-      >>> _, counts = updater.init({"w": jnp.ones((2, 2))}, updater.key)
+      >>> _, counts = updater.init({"w": jnp.ones((5, 4))}, updater.key)
       >>> print(counts["w"].dtype)
       uint8
 

@@ -3,13 +3,12 @@
 import functools
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from sparsejax import masks as masks_lib
 from sparsejax import schedules
 from sparsejax.masks import _structure as structures
-from sparsejax.transforms._ramp import check_ramp, pruner
+from sparsejax.transforms._ramp import check_pruner, check_ramp, pruner
 from sparsejax.transforms._shared import (
     Distribution,
     all_finite,
@@ -180,9 +179,7 @@ def gradual_magnitude(
     def init(params, key):
         del key
         masks = {k: jnp.ones(w.shape, bool) for k, w in params.items()}
-        # Refuses here, not at the first step, what does not fit the parameters.
-        now = MaskUpdate(masks, (), params, params, None, jnp.zeros((), jnp.int32))
-        jax.eval_shape(prune, now)
+        check_pruner(prune, masks, params)
         return masks, ()
 
     def update(now: MaskUpdate):

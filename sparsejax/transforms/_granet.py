@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from sparsejax import masks as masks_lib
 from sparsejax import schedules
 from sparsejax.masks import _structure as structures
-from sparsejax.transforms._ramp import check_ramp, pruner
+from sparsejax.transforms._ramp import check_pruner, check_ramp, pruner
 from sparsejax.transforms._shared import (
     Distribution,
     all_finite,
@@ -102,9 +102,12 @@ def granet(
         if distribution == "global":
             check_one_currency(structure, params, 'distribution="global"')
         if initial_sparsity == 0:
-            return {k: jnp.ones(w.shape, bool) for k, w in params.items()}, ()
-        density = density_from(initial_sparsity)
-        return random_masks(density, share, structure, params, key, final=False)
+            masks = {k: jnp.ones(w.shape, bool) for k, w in params.items()}
+        else:
+            density = density_from(initial_sparsity)
+            masks, _ = random_masks(density, share, structure, params, key, final=False)
+        check_pruner(prune, masks, params)
+        return masks, ()
 
     def update(now: MaskUpdate):
         rate = look_up(fractions, now, steps)

@@ -52,8 +52,11 @@ def settle(
         if policy == "zero":
             return cleared
         stayed = mask & old[name]
-        count = jnp.maximum(jnp.sum(stayed), 1).astype(value.dtype)
-        mean = jnp.sum(value, where=stayed) / count
+        # float16 could not hold the count.
+        wide = at_least_float32(value.dtype)
+        count = jnp.maximum(jnp.sum(stayed), 1).astype(wide)
+        mean = jnp.sum(value.astype(wide), where=stayed) / count
+        mean = mean.astype(value.dtype)
         grown = mask & ~old[name]
         return jnp.where(grown, mean, cleared)
 

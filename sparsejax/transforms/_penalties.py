@@ -247,6 +247,7 @@ def mask_sparsity_penalty(params: Any, masks: Any) -> Float[Array, ""]:
       Jiang et al., `Pruning-aware sparse regularization for network pruning
       <https://arxiv.org/abs/2201.06776>`_, 2022.
     """
+    masks_lib.apply_masks(params, masks)  # raises where they do not fit
     removed = jax.tree.map(jnp.logical_not, masks)
     pressed = masks_lib.named_leaves(masks_lib.apply_masks(params, removed))
     leaves = [pressed[name] for name in masks_lib.named_leaves(masks)]

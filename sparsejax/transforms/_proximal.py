@@ -18,7 +18,7 @@ from sparsejax.transforms._proximal_operators import (
     prox_group_envelope,
     prox_group_lasso,
 )
-from sparsejax.transforms._shared import Distribution, density_from
+from sparsejax.transforms._shared import Distribution, density_from, leaf_densities
 
 Schedule = float | Float[Array, ""] | Callable[[Any], Any]
 
@@ -155,7 +155,7 @@ def group_envelope(
                 f"{unknown}"
             )
         shapes = {name: tuple(leaf.shape) for name, leaf in leaves.items()}
-        densities = distribution(shapes, density)
+        densities = leaf_densities(leaves, density, distribution)
         proxes = {}
         for name, shape in shapes.items():
             size = count_groups(shape, full_blocks(shape, groups))

@@ -1,8 +1,10 @@
 """Pruning along a cubic ramp: what gradual_magnitude and granet share."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from sparsejax import masks as masks_lib
@@ -11,10 +13,12 @@ from sparsejax.masks import _structure as structures
 from sparsejax.transforms._shared import (
     Distribution,
     check_final_count,
+    check_fits,
     check_one_currency,
     density_from,
     leaf_densities,
     look_up,
+    warn_of_nothing,
 )
 from sparsejax.transforms._updater import MaskUpdate
 
@@ -73,6 +77,12 @@ def pruner(
             scores, count, where=units, by_magnitude=entries
         )
 
+    # Leaves of equal size and ends share a table: there may be an update at every step.
+    @functools.cache
+    def counts(size: int, first: float, last: float) -> list[int]:
+        table = ramp(density_from(first), density_from(last))
+        return [masks_lib.exact_count(density_from(float(s)), size) for s in table]
+
     def leaf_by_leaf(now: MaskUpdate):
         # Counts are worked out on the host, exactly, and looked up by the step. Every
         # leaf goes from its initial density to its final one; sized sums of cubics
@@ -84,17 +94,21 @@ def pruner(
             shape = tuple(weight.shape)
             structures.check_shape(structure, shape, name)
             size = structures.group_size(structure, shape)
-            ends = density_from(first[name]), density_from(last[name])
-            table = [
-                masks_lib.exact_count(density_from(float(s)), size) for s in ramp(*ends)
-            ]
+            table = counts(size, first[name], last[name])
             check_final_count(structure, table[-1], name)
+            warn_of_nothing(structure, last[name], table[-1], size, name)
             units = structures.units_of(structure, now.masks[name])
             count = look_up(table, now, steps)
             kept[name] = structures.largest_units(structure, weight, count, units)
         return kept
 
     return over_the_model if distribution == "global" else leaf_by_leaf
+
+
+def check_pruner(prune: Prune, masks: dict[str, Any], params: dict[str, Any]) -> None:
+    """Refuses at `init`, not at the first step, what does not fit the parameters."""
+    step = jnp.zeros((), jnp.int32)
+    check_fits(prune, MaskUpdate(masks, (), params, params, None, step))
 
 
 def _densities(params: dict[str, Any], sparsity: float, distribution: Any) -> Any:

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import warnings
 from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
@@ -29,6 +30,7 @@ def random_masks(
     final: bool = True,
 ) -> tuple[dict[str, Any], Any]:
     """As many random units per leaf as `leaf_counts` says, and no memory."""
+    check_key(key)
     counts = leaf_counts(params, density, distribution, structure, final=final)
     masks = {}
     for i, (name, count) in enumerate(counts.items()):
@@ -79,14 +81,57 @@ def leaf_counts(
         counts[name] = masks_lib.exact_count(densities[name], size)
         if final:
             check_final_count(structure, counts[name], name)
+            warn_of_nothing(structure, densities[name], counts[name], size, name)
     return counts
 
 
 def leaf_densities(
     params: dict[str, Any], density: float, distribution: Distribution
 ) -> dict[str, float]:
+    """What `distribution` gives each leaf, checked.
+
+    Raises:
+      ValueError: It is no function, lacks a leaf, gives one a density outside [0, 1],
+        or its densities, weighted by size, do not average to `density`.
+    """
+    if not callable(distribution):
+        raise ValueError(
+            "distribution must be a function (shapes, density) -> densities, got "
+            f"{distribution!r}"
+        )
     shapes = {name: tuple(weight.shape) for name, weight in params.items()}
-    return distribution(shapes, density)
+    with jax.ensure_compile_time_eval():
+        given = distribution(shapes, density)
+        if missing := [name for name in shapes if name not in given]:
+            raise ValueError(f"distribution must give every leaf, lacks {missing}")
+        densities = {name: float(given[name]) for name in shapes}
+    for name, value in densities.items():
+        masks_lib.check_density(value, f"distribution: the density at {name!r}")
+    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
+    total = sum(sizes.values())
+    kept = math.fsum(densities[name] * size for name, size in sizes.items())
+    # Each leaf may round by half an entry.
+    if abs(kept - density * total) > 0.5 * len(sizes) + 1e-3:
+        raise ValueError(
+            f"distribution must keep a density of {density:g} over all leaves, "
+            f"{density * total:g} of {total} entries, got {kept:g}: {densities}"
+        )
+    return densities
+
+
+def check_fits(choose: Callable[[Any], Any], example: Any) -> None:
+    """Raises at once what `choose` would raise at its first call in a program."""
+    plain = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+    jax.eval_shape(choose, jax.tree.map(plain, example))
+
+
+def check_key(key: Any) -> None:
+    """Raises ValueError unless it is a PRNG key, typed or raw."""
+    dtype = getattr(key, "dtype", None)
+    if dtype is None or not (
+        jnp.issubdtype(dtype, jax.dtypes.prng_key) or dtype == jnp.uint32
+    ):
+        raise ValueError(f"key must be a PRNG key, as jax.random.key(0), got {key!r}")
 
 
 def check_final_count(structure: structures.Structure, count: int, name: str) -> None:
@@ -94,6 +139,17 @@ def check_final_count(structure: structures.Structure, count: int, name: str) ->
         raise ValueError(
             f"distribution must keep {structure.n} of {structure.m} in every leaf for "
             f"structure {structure}, got {count} at {name!r}"
+        )
+
+
+def warn_of_nothing(
+    structure: structures.Structure, density: float, count: int, size: int, name: str
+) -> None:
+    if size and not count and density > 0:
+        warnings.warn(
+            f"{name!r} will be zero throughout: a density of {density:g} of {size} "
+            f"units, of structure {structure}, rounds to none",
+            stacklevel=2,
         )
 
 
@@ -106,8 +162,10 @@ def check_one_currency(
         shape = tuple(weight.shape)
         structures.check_shape(structure, shape, name)
         units = math.prod(structures.unit_shape(structure, shape))
-        groups = units // max(structures.group_size(structure, shape), 1)
-        sizes[name] = (groups, weight.size // max(units, 1))
+        if not units:  # nothing there that could move
+            continue
+        groups = units // structures.group_size(structure, shape)
+        sizes[name] = (groups, weight.size // units)
     if any(groups > 1 for groups, _ in sizes.values()) or len(set(sizes.values())) > 1:
         raise ValueError(
             f"{argument} needs units that may move between leaves: one group per leaf "
@@ -180,16 +238,27 @@ def moved_counts(
       ValueError: Of an N:M that moves nothing ever, since fractions of n round to 0.
     """
     moved = {}
+    # Leaves of equal counts share a table: there may be an update at every step.
+    exact = functools.cache(
+        lambda count: [masks_lib.exact_count(f, count) for f in fractions]
+    )
     for name, weight in now.params.items():
         count = counts[name]
         room = structures.group_size(structure, tuple(weight.shape)) - count
-        table = [min(masks_lib.exact_count(f, count), room) for f in fractions]
+        table = [min(moving, room) for moving in exact(count)]
         if isinstance(structure, structures.NM) and max(fractions) > 0 < room:
             if not any(table):
                 raise ValueError(
                     f"drop_fraction must move at least one of the {count} kept per "
                     f"group of structure {structure}, got at most {max(fractions):g}"
                 )
+        if not any(table) and min(count, room, max(fractions)) > 0:
+            warnings.warn(
+                f"the mask of {name!r} will never move: a drop_fraction of at most "
+                f"{max(fractions):g} of {count} units, of structure {structure}, "
+                "rounds to none",
+                stacklevel=2,
+            )
         moved[name] = look_up(table, now, steps)
     return moved
 

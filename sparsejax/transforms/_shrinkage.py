@@ -9,7 +9,7 @@ from jax import lax
 
 from sparsejax import masks as masks_lib
 from sparsejax import schedules
-from sparsejax.transforms import _leaves
+from sparsejax.transforms import _leaves, _sharding
 from sparsejax.transforms._proximal import (
     Schedule,
     at_step,
@@ -18,7 +18,13 @@ from sparsejax.transforms._proximal import (
     stepped,
     taken_leaves,
 )
-from sparsejax.transforms._shared import Distribution, all_finite, density_from
+from sparsejax.transforms._shared import (
+    Distribution,
+    all_finite,
+    check_fits,
+    density_from,
+    leaf_densities,
+)
 
 
 class ShrinkageState(NamedTuple):
@@ -97,8 +103,7 @@ def iterative_soft_shrinkage(
     schedules.update_steps(begin, end, 1)
 
     def choose(values):
-        shapes = {name: tuple(value.shape) for name, value in values.items()}
-        densities = distribution(shapes, density)
+        densities = leaf_densities(values, density, distribution)
         return {
             name: masks_lib.structured_mask(value, densities[name], structure)
             for name, value in values.items()
@@ -108,11 +113,13 @@ def iterative_soft_shrinkage(
         masks = params
         if jax.tree.leaves(params):  # optax.tree_utils asks with a placeholder too
             leaves = _leaves.select_leaves(params, leaf_filter)
-            jax.eval_shape(choose, leaves)  # what does not fit is refused now
+            check_fits(choose, leaves)
             ones = {name: jnp.ones(leaf.shape, bool) for name, leaf in leaves.items()}
+            ones = _sharding.place(ones, leaves)
             masks = _leaves.tree_with_holes(params, ones)
-        zero = jnp.zeros((), jnp.int32)
-        return ShrinkageState(zero, zero, masks)
+        # Two arrays and not one twice, or the state could not be donated.
+        zero = lambda: jnp.zeros((), jnp.int32)
+        return ShrinkageState(zero(), zero(), masks)
 
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
@@ -124,7 +131,8 @@ def iterative_soft_shrinkage(
 
         def select():
             ok = all_finite(values)
-            masks = jax.tree.map(lambda a, b: jnp.where(ok, a, b), choose(values), old)
+            new = _sharding.automatic(choose, old, values)
+            masks = jax.tree.map(lambda a, b: jnp.where(ok, a, b), new, old)
             return masks, skipped + (~ok).astype(jnp.int32)
 
         due = (step >= begin) & (step <= end)

@@ -200,7 +200,7 @@ def _redistribute(
     drop, room, weight = (jnp.stack(column) for column in (drop, room, weight))
     # Where no momentum says otherwise every leaf gets back what it dropped.
     weight = jnp.where(jnp.sum(weight) > 0, weight, drop.astype(jnp.float32))
-    grow = share_out(jnp.sum(drop), weight, room)
+    grow = share_out(jnp.sum(drop, dtype=jnp.int32), weight, room)
     names = list(now.masks)
     split = lambda column: {name: column[i] for i, name in enumerate(names)}
     return split(drop), split(grow)
@@ -234,13 +234,13 @@ def share_out(total: Any, weight: Any, room: Any) -> Any:
     # Floats of large counts are not exact: should the whole parts exceed the total,
     # the last leaves give back.
     whole = _take_in_turn(total, whole)
-    left = total - jnp.sum(whole)
+    left = total - jnp.sum(whole, dtype=jnp.int32)
     # One more each by largest remainder, ties by order.
     remainder = jnp.where(whole < room, quota - jnp.floor(quota), -1.0)
     order = jnp.argsort(-remainder, stable=True)
-    rank = jnp.argsort(order, stable=True)
+    rank = jnp.argsort(order, stable=True).astype(jnp.int32)
     whole = whole + ((rank < left) & (whole < room)).astype(jnp.int32)
-    return whole + _take_in_turn(total - jnp.sum(whole), room - whole)
+    return whole + _take_in_turn(total - jnp.sum(whole, dtype=jnp.int32), room - whole)
 
 
 def _take_in_turn(total: Any, wants: Any) -> Any:

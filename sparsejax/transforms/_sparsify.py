@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool
 
 from sparsejax import masks as masks_lib
 from sparsejax import schedules
-from sparsejax.transforms import _leaves, _moments
+from sparsejax.transforms import _leaves, _moments, _sharding
 from sparsejax.transforms._updater import MaskUpdate, Updater
 
 _NO_PARAMS = (
@@ -109,25 +109,27 @@ def sparsify(
 
     def init_fn(params):
         # optax.tree_utils.tree_map_params asks with a placeholder for the tree.
-        masks, chosen, memory = params, {}, ()
+        masks, leaves, chosen, memory = params, {}, {}, ()
         if jax.tree.leaves(params):
             leaves = _leaves.select_leaves(params, leaf_filter)
             chosen, memory = updater.init(leaves, updater.key)
+            chosen = _sharding.place(chosen, leaves)
             masks = _leaves.tree_with_holes(params, chosen)
             params = masks_lib.apply_masks(params, masks)
         with jax.numpy_dtype_promotion("standard"):
             inner_state = inner.init(params)
         if memory and find_momentum(inner_state, params, chosen) is not None:
             memory = ()
-        return SparsifyState(
+        state = SparsifyState(
             steps=jnp.zeros((), jnp.int32),
             next_update=schedules.next_update(0, steps),
             skipped_updates=jnp.zeros((), jnp.int32),
             mask_key=_key_data(updater.key),
             masks=masks,
-            memory=memory,
+            memory=_sharding.place(memory, leaves),
             inner_state=inner_state,
         )
+        return _sharding.place(state, leaves)
 
     def update_fn(updates, state, params=None, *, grow_scores=None, **extra_args):
         if params is None:
@@ -151,13 +153,17 @@ def sparsify(
                 step=state.steps,
             )
             if updater.observe is not None and momentum is None:
-                request = request._replace(memory=updater.observe(request, due))
+                observed = _sharding.automatic(
+                    updater.observe, request.memory, request, due
+                )
+                request = request._replace(memory=observed)
 
             def change():
                 seen = request
                 if momentum is not None:
                     seen = request._replace(memory=_moments.begun(momentum, scores))
-                masks, memory, ok = updater.update(seen)
+                like = (seen.masks, seen.memory, due)
+                masks, memory, ok = _sharding.automatic(updater.update, like, seen)
                 if momentum is not None:
                     memory = request.memory
                 # What did not change is not looked at: it would be copied.

@@ -16,6 +16,7 @@ from sparsejax.masks import _structure as structures
 from sparsejax.transforms._shared import (
     Distribution,
     all_finite,
+    check_key,
     cosine_fractions,
     density_from,
     leaf_densities,
@@ -42,8 +43,9 @@ def srigl(
     r"""Moves weights as RigL does, every neuron with as many inputs as the next: SRigL.
 
     A neuron is a column of a weight [..., in, out]; matrices of a stack are treated
-    one by one. With b = round(density * in * out) weights to a matrix and a active
-    neurons, each of these has
+    one by one, and so are the taps of a convolution's kernel, where the paper counts a
+    whole window as inputs. With b = round(density * in * out) weights to a matrix and
+    a active neurons, each of these has
 
     .. math:: f = \min(in, \lfloor b / a \rfloor)
 
@@ -113,7 +115,7 @@ def srigl(
             structures.check_shape(fan_in, tuple(weight.shape), name)
             k, n = weight.shape[-2:]
             found[name] = masks_lib.exact_count(densities[name], k * n)
-            if found[name] < n:
+            if found[name] < n and weight.size:
                 raise ValueError(
                     f"sparsity must leave every neuron an input, got {found[name]} "
                     f"weights for {n} neurons at {name!r}"
@@ -121,6 +123,7 @@ def srigl(
         return found
 
     def init(params, key):
+        check_key(key)
         keeps_all(spared, params)
         masks = {}
         for i, (name, budget) in enumerate(budgets(params).items()):
@@ -134,6 +137,9 @@ def srigl(
         keep_all = keeps_all(spared, now.params)
         masks = {}
         for name, budget in budgets(now.params).items():
+            if not now.params[name].size:
+                masks[name] = now.masks[name]
+                continue
             gamma = 0.0 if name in keep_all else gamma_sal
             move = functools.partial(_move, budget, gamma, fraction)
             for _ in now.params[name].shape[:-2]:

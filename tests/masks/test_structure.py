@@ -82,7 +82,7 @@ def test_what_does_not_fit_is_refused(structure, density, shape, message):
 
 
 def test_impossible_structures_are_refused():
-    with pytest.raises(ValueError, match="1 <= n <= m, got 5:4"):
+    with pytest.raises(ValueError, match="integers, 1 <= n <= m, got 5:4"):
         NM(5, 4)
     with pytest.raises(ValueError, match=r"block_shape.*got \(0, 4\)"):
         Blocks((0, 4))

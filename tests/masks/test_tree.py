@@ -25,6 +25,19 @@ def test_apply_on_an_nnx_state_with_masks_in_a_plain_dict():
     np.testing.assert_array_equal(out["kernel"][...], np.zeros((3, 2)))
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.int32, np.uint8])
+def test_masks_of_numbers_are_refused(dtype):
+    with pytest.raises(ValueError, match="masks must be boolean, got .* at 'w'"):
+        apply_masks({"w": jnp.ones((2, 2))}, {"w": np.ones((2, 2), dtype)})
+
+
+def test_leaves_of_one_name_are_refused():
+    """Keys with slashes, as Haiku's: one of the two would go unnoticed."""
+    tree = {"a/x": jnp.ones(2), "a": {"x": jnp.ones(3)}}
+    with pytest.raises(ValueError, match="a name of its own, got two 'a/x'"):
+        named_leaves(tree)
+
+
 @pytest.mark.parametrize(
     "masks, message",
     [

@@ -300,9 +300,11 @@ def test_restored_mid_schedule_the_next_50_steps_are_the_same():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", RULES)
-def test_the_same_over_eight_devices(name):
-    mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+@pytest.mark.parametrize("name", [*RULES, "rigl, NM", "sparse_momentum, FanIn"])
+def test_the_same_over_eight_devices(name, kind):
+    axis = getattr(jax.sharding.AxisType, kind)
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(axis,))
 
     def put(leaf):
         # Either axis, whichever eight divides.

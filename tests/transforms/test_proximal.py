@@ -622,3 +622,12 @@ def test_filters_missing_params_and_leaves_not_taken(name):
     emitted, _ = jax.jit(tx.update)(updates, tx.init(params), params)
     for layer in ("layer_0", "layer_1"):
         np.testing.assert_array_equal(emitted[layer]["bias"], updates[layer]["bias"])
+
+
+def test_a_donated_state_of_shrinkage():
+    """Its arrays are each their own."""
+    tx = transforms.iterative_soft_shrinkage(sparsity=0.5, end=5)
+    params = {"w": jnp.arange(8.0).reshape(2, 4)}
+    update = jax.jit(tx.update, donate_argnums=1)
+    _, state = update(params, tx.init(params), params)
+    assert int(state.shrinkage_steps) == 1

@@ -39,6 +39,21 @@ def test_the_average_of_dense_gradients():
     np.testing.assert_array_equal(memory["w"], row(2.75, -2.75, 1, -0.25))
 
 
+@pytest.mark.parametrize("decay", [None, 0.9])
+def test_strict_promotion_with_wide_integers(decay):
+    """jnp.sum of int32 is int64 under x64."""
+    tx = transforms.sparsify(
+        optax.sgd(0.1, momentum=0.9),
+        transforms.sparse_momentum(
+            sparsity=0.75, end=9, every=2, decay=decay, key=jax.random.key(0)
+        ),
+    )
+    with jax.enable_x64(True):
+        params = {"a": jnp.ones((8, 16), jnp.float32), "c": jnp.ones((4, 8))}
+        _, state = jax.jit(tx.update)(params, tx.init(params), params)
+    assert sum(int(mask.sum()) for mask in state.masks.values()) == 40
+
+
 def test_the_average_is_kept_in_its_own_dtype():
     # 0.75 * 1 + 0.25 * 1.02 = 1.005 is no bfloat16: those next to it are 1 and 1.0078.
     given = {"w": row(1.02)}
@@ -46,7 +61,7 @@ def test_the_average_is_kept_in_its_own_dtype():
         updater = transforms.sparse_momentum(
             sparsity=0.5, end=9, key=KEY, decay=0.75, average_dtype=dtype
         )
-        _, memory = updater.init({"w": jnp.ones((1, 1))}, KEY)
+        _, memory = updater.init({"w": jnp.ones((1, 2))}, KEY)
         assert memory["w"].dtype == dtype
         memory = observed(updater, {"w": row(1).astype(dtype)}, given)
         assert memory["w"].dtype == dtype

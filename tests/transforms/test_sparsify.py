@@ -242,6 +242,23 @@ def test_restored_state_takes_the_same_next_step_bit_for_bit(tmp_path, impl):
         np.testing.assert_array_equal(one, two)
 
 
+def test_the_mean_of_more_weights_than_float16_counts():
+    """A moment of 0.5 everywhere; 90000 kept entries are inf in float16."""
+    params = {"w": jnp.ones((300, 301), jnp.float16)}
+    grow = transforms.Updater(
+        range(0, 9),
+        lambda params, key: ({"w": jnp.ones((300, 301), bool).at[:, 0].set(False)}, ()),
+        lambda now: ({"w": jnp.ones((300, 301), bool)}, (), jnp.array(True)),
+    )
+    tx = transforms.sparsify(optax.sgd(0.1, momentum=1.0), grow, moments="mean")
+    state = tx.init(params)
+    state = optax.tree_utils.tree_set(state, trace={"w": params["w"] / 2})
+    none = jax.tree.map(jnp.zeros_like, params)
+    _, state = jax.jit(tx.update)(none, state, params)
+    [trace] = optax.tree_utils.tree_get_all_with_path(state, "trace")
+    np.testing.assert_allclose(trace[1]["w"][:, 0], 0.5, rtol=2e-3)
+
+
 def test_donated_state_leaves_the_key_alive():
     raw = jax.random.PRNGKey(0)
     tx = transforms.sparsify(optax.adam(1e-2), rigl(key=raw), leaf_filter="*")
