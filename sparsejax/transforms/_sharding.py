@@ -21,6 +21,8 @@ def place(found: Any, leaves: dict[str, Any]) -> Any:
     mesh = next(filter(None, map(_mesh_of, leaves.values())), None)
 
     def put(path, array):
+        if not isinstance(array, jax.Array):  # an optimizer may keep numbers
+            return array
         by_name = path and isinstance(path[0], jax.tree_util.DictKey)
         weight = leaves.get(path[0].key) if by_name else None
         if weight is not None and weight.shape != array.shape:

@@ -62,7 +62,9 @@ def sparsify(
     is given, before masking; a loop that has cheaper ones only may ask
     `is_update_step(opt_state)` and pass others as `grow_scores=`, an extra argument
     of `update` shaped like the masked leaves. Both are signed and must be reduced
-    over devices beforehand.
+    over devices beforehand. Weights may be sharded, over automatic or explicit axes
+    of a mesh: masks lie as their weights do, and are those of one device but for
+    the order in which sums are rounded.
 
     Args:
       inner: Any optax transformation.

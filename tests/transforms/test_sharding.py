@@ -96,6 +96,20 @@ def test_shrinkage_with_explicit_axes():
     check(optax.chain(optax.sgd(0.1), shrink), AxisType.Explicit, mesh_is_set=True)
 
 
+def test_an_optimizer_that_keeps_numbers():
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
+    kept = {"rate": 0.1, "table": np.ones(3), "step": jnp.zeros(())}
+    inner = optax.GradientTransformation(
+        lambda params: kept, lambda grads, state, params: (grads, state)
+    )
+    sharding = NamedSharding(mesh, SPECS["up"])
+    weights = {"up": jax.device_put(np.asarray(WEIGHTS["up"]), sharding)}
+    state = transforms.sparsify(inner, RULES["rigl"]()).init(weights).inner_state
+    assert state["rate"] == 0.1 and isinstance(state["table"], np.ndarray)
+    assert state["step"].sharding.is_fully_replicated
+    assert state["step"].sharding.device_set == sharding.device_set
+
+
 def test_init_inside_jit_places_masks_too():
     mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Explicit,))
     tx = transforms.sparsify(optax.sgd(0.1), RULES["blocks"]())
