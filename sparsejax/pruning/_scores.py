@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from sparsejax import masks as masks_lib
 from sparsejax.transforms._leaves import tree_with_holes
-from sparsejax.transforms._shared import Distribution, density_from
+from sparsejax.transforms._shared import Distribution, density_from, leaf_densities
 
 Loss = Callable[[Any, Any], Any]
 
@@ -56,28 +56,19 @@ def kept_counts(
     leaves: dict[str, Any], density: float, distribution: Distribution | str
 ) -> int | dict[str, int]:
     """How many entries stay: of all leaves together, or of each."""
-    total = sum(leaf.size for leaf in leaves.values())
-    want = masks_lib.exact_count(density, total)
     if distribution == "global":
-        return want
+        total = sum(leaf.size for leaf in leaves.values())
+        return masks_lib.exact_count(density, total)
     if not callable(distribution):
         raise ValueError(
             "distribution must be 'global' or a function (shapes, density) -> "
             f"densities, got {distribution!r}"
         )
-    shapes = {name: tuple(leaf.shape) for name, leaf in leaves.items()}
-    densities = distribution(shapes, density)
-    counts = {
+    densities = leaf_densities(leaves, density, distribution)
+    return {
         name: masks_lib.exact_count(densities[name], leaf.size)
         for name, leaf in leaves.items()
     }
-    # Each leaf rounds by half an entry at most.
-    if abs(sum(counts.values()) - density * total) > 0.5 * len(counts) + 1e-3:
-        raise ValueError(
-            f"distribution must keep {want} of {total} entries for a density of "
-            f"{density:g}, got {sum(counts.values())}: {counts}"
-        )
-    return counts
 
 
 def take(leaves: dict[str, Any], counts: Any, where: Any = None) -> dict[str, Any]:

@@ -107,14 +107,18 @@ def leaf_densities(
         densities = {name: float(given[name]) for name in shapes}
     for name, value in densities.items():
         masks_lib.check_density(value, f"distribution: the density at {name!r}")
-    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
-    total = sum(sizes.values())
-    kept = math.fsum(densities[name] * size for name, size in sizes.items())
-    # Each leaf may round by half an entry.
-    if abs(kept - density * total) > 0.5 * len(sizes) + 1e-3:
+    total = sum(math.prod(shape) for shape in shapes.values())
+    counts = {
+        name: masks_lib.exact_count(densities[name], math.prod(shape))
+        for name, shape in shapes.items()
+    }
+    # Each leaf rounds by half an entry at most.
+    got = sum(counts.values())
+    if abs(got - density * total) > 0.5 * len(counts) + 1e-3:
+        want = masks_lib.exact_count(density, total)
         raise ValueError(
-            f"distribution must keep a density of {density:g} over all leaves, "
-            f"{density * total:g} of {total} entries, got {kept:g}: {densities}"
+            f"distribution must keep {want} of {total} entries for a density of "
+            f"{density:g}, got {got}: {counts}"
         )
     return densities
 

@@ -301,6 +301,8 @@ def test_refuses_densities_that_miss_the_global_one():
         ValueError, match="distribution must keep 1 of 3 .*density of 0.33.*got 2"
     ):
         pruning.magnitude(LINEAR, sparsity=2 / 3, distribution=half)
+    with pytest.raises(ValueError, match=r"must give every leaf, lacks \['w'\]"):
+        pruning.magnitude(LINEAR, sparsity=0.5, distribution=lambda s, d: {"v": d})
     with pytest.raises(ValueError, match="densities allow a density of"):
         pruning.magnitude(LINEAR, sparsity=0.9, distribution=given({"w": 1.0}))
     with pytest.raises(ValueError, match="'global' or a function.*got 'uniform'"):
